@@ -1,0 +1,15 @@
+"""From raw counts to tokens, on the device, inside the jitted step.
+
+Each function is pure, works on a whole batch and draws its randomness by (key, row, gene), so that a
+cell is encoded alike in any batch, in any order of its genes and under any padding.
+"""
+
+from scjax.encoding.random import gene_uniform, row_keys
+from scjax.encoding.select import mask_genes, select_genes
+from scjax.encoding.values import bin_quantiles, log1p, normalize_total, quantile_ranks
+from scjax.types import register_pytree
+
+register_pytree()
+
+__all__ = ["bin_quantiles", "gene_uniform", "log1p", "mask_genes", "normalize_total", "quantile_ranks", "row_keys",
+           "select_genes"]  # fmt: skip

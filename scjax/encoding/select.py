@@ -1,0 +1,70 @@
+"""Which genes of a cell a model sees, and which of them it must predict."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from scjax.encoding.random import gene_uniform
+
+Method = Literal["random", "top"]
+
+
+def select_genes(gene_id: Array, count: Array, length: int, keys: Array, *, method: Method = "random",
+                 keep: Array | None = None) -> tuple[Array, Array]:
+    """At most ``length`` genes of each cell.
+
+    Args:
+      gene_id: int32 [B, L]; -1 where padded.
+      count: float32 [B, L].
+      length: genes to keep. Where L <= ``length`` everything is returned as it is.
+      keys: keys [B], one a cell.
+      method: "random" draws uniformly without replacement; "top" takes the most expressed, ties
+        at random.
+      keep: int32 [K] vocabulary ids that go first wherever they are expressed (marker genes, a
+        perturbation's target).
+
+    Returns:
+      ``(gene_id, count)`` of shape [B, min(L, length)], padding (-1, 0) last.
+    """
+    if gene_id.shape[-1] <= length:
+        return gene_id, count
+    uniform = gene_uniform(keys, gene_id)
+    if method == "random":
+        score = uniform
+    elif method == "top":
+        score = count + uniform  # counts are whole, the fraction breaks ties
+    else:
+        raise ValueError(f'method is "random" or "top", not {method!r}')
+    if keep is not None:
+        score = score + jnp.where(jnp.isin(gene_id, keep), jnp.float32(2.0**20), 0.0)
+    score = jnp.where(gene_id >= 0, score, -1.0)
+    _, slot = jax.lax.top_k(score, length)
+    return jnp.take_along_axis(gene_id, slot, axis=-1), jnp.take_along_axis(count, slot, axis=-1)
+
+
+def mask_genes(gene_id: Array, fraction: float | Array, keys: Array, *, exact: bool = True) -> Array:
+    """The genes whose values are hidden.
+
+    Args:
+      gene_id: int32 [B, L]; -1 where padded.
+      fraction: share of a cell's genes to hide, a number or float32 [B].
+      keys: keys [B], one a cell.
+      exact: hide exactly floor(n * fraction) genes of a cell with n, as scGPT does; otherwise each
+        gene by itself with that probability, as BERT does.
+
+    Returns:
+      bool [B, L]; False where padded.
+    """
+    valid = gene_id >= 0
+    uniform = jnp.where(valid, gene_uniform(keys, gene_id), 2.0)
+    fraction = jnp.broadcast_to(jnp.asarray(fraction, jnp.float32), gene_id.shape[:1])
+    if not exact:
+        return uniform < fraction[:, None]
+    # 1e-4 of a gene: 0.15 * 20 must give 3 although its float32 product is 2.9999998
+    n_hidden = jnp.floor(valid.sum(-1) * fraction + 1e-4).astype(jnp.int32)
+    rank = jnp.argsort(jnp.argsort(uniform, axis=-1), axis=-1)
+    return (rank < n_hidden[:, None]) & valid
