@@ -1,0 +1,21 @@
+"""Mesh, rules for splitting parameters, placing batches, starting a run over several processes."""
+
+from scjax.parallel.mesh import (
+    AXES,
+    BATCH_AXES,
+    MeshConfig,
+    agree,
+    barrier,
+    batch_sharding,
+    distributed_start,
+    make_mesh,
+    process_shard,
+    replicated,
+    summary,
+)
+from scjax.parallel.placement import place
+from scjax.parallel.rules import RULES, Rules, partition, shardings
+
+__all__ = ["AXES", "BATCH_AXES", "RULES", "MeshConfig", "Rules", "agree", "barrier", "batch_sharding",
+           "distributed_start", "make_mesh", "partition", "place", "process_shard", "replicated", "shardings",
+           "summary"]  # fmt: skip

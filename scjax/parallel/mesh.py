@@ -1,0 +1,163 @@
+"""The mesh of devices, and the start of a run over several processes.
+
+A mesh has three axes. ``data`` splits the batch and keeps a copy of the parameters in each slice;
+``fsdp`` splits the batch and the parameters; ``tensor`` splits the parameters only, within a layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Number of devices along each axis; at most one may be -1, for all devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def sizes(self, n_devices: int) -> tuple[int, int, int]:
+        """Sizes of (data, fsdp, tensor) on ``n_devices`` devices.
+
+        Raises:
+          ValueError: the sizes do not multiply to ``n_devices``, or two of them are -1.
+        """
+        given = dataclasses.asdict(self)
+        free = [name for name, size in given.items() if size == -1]
+        wrong = [f"{name}={size}" for name, size in given.items() if size < 1 and size != -1]
+        if wrong or len(free) > 1:
+            raise ValueError(f"mesh {given}: each size must be at least 1, and one of them may be -1")
+        fixed = math.prod(size for size in given.values() if size != -1)
+        if n_devices % fixed or (not free and fixed != n_devices):
+            multiple = "a multiple of " if free else ""
+            raise ValueError(f"mesh {given} asks for {multiple}{fixed} devices; there are {n_devices}")
+        data, fsdp, tensor = (n_devices // fixed if size == -1 else size for size in given.values())
+        return data, fsdp, tensor
+
+
+def make_mesh(
+    config: MeshConfig | None = None,
+    devices: Sequence[Any] | None = None,
+    axis_type: AxisType = AxisType.Auto,
+) -> Mesh:
+    """The mesh with axes ``data``, ``fsdp`` and ``tensor`` over ``devices`` (default: all of them).
+
+    ``axis_type`` is passed for every axis: the default of ``jax.make_mesh`` differs between versions.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = (config or MeshConfig()).sizes(len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(axis_type,) * len(AXES), devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of every array of a batch: rows over ``data`` and ``fsdp``."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def process_shard(mesh: Mesh, process_index: int | None = None) -> tuple[int, int]:
+    """``(index, count)``: this process must load the ``index``-th of ``count`` equal slices of a batch.
+
+    ``count`` is the number of processes, unless a ``tensor`` axis spans processes: those then load the
+    same rows.
+
+    Raises:
+      ValueError: the devices of a process do not hold one contiguous slice of the batch.
+    """
+    process_index = jax.process_index() if process_index is None else process_index
+    blocks = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    held: dict[int, set[int]] = {}
+    slices: dict[Any, tuple[slice]] = batch_sharding(mesh).devices_indices_map((blocks,))  # type: ignore[assignment]
+    for device, (rows,) in slices.items():
+        held.setdefault(device.process_index, set()).update(range(*rows.indices(blocks)))
+    mine = sorted(held[process_index])
+    size = len(mine)
+    contiguous = mine == list(range(mine[0], mine[0] + size)) and mine[0] % size == 0
+    if not contiguous or any(len(other) != size for other in held.values()):
+        raise ValueError(
+            f"the devices of process {process_index} hold the slices {mine} of {blocks} of a batch; "
+            "they must be contiguous and as many on each process: change config.mesh"
+        )
+    return mine[0] // size, blocks // size
+
+
+def summary(mesh: Mesh) -> str:
+    """One line: sizes, kind of device, processes."""
+    device = mesh.devices.flat[0]
+    sizes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    processes = len({d.process_index for d in mesh.devices.flat})
+    return f"mesh {sizes} on {mesh.size} {device.device_kind} device(s), {processes} process(es)"
+
+
+def distributed_start(environ: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """Joins the processes of a run; ``(process index, process count)``. Call it before anything else
+    touches a device. Does nothing, and returns ``(0, 1)``, where nothing asks for several processes.
+
+    Joined are: processes started with ``JAX_COORDINATOR_ADDRESS`` (host:port), ``JAX_NUM_PROCESSES``
+    and ``JAX_PROCESS_ID``; and those of a Slurm step, an Open MPI run, a Kubernetes indexed job or a
+    TPU pod of more than one task, for which JAX finds the three by itself.
+
+    Raises:
+      ValueError: some but not all of the three variables are set.
+    """
+    environ = os.environ if environ is None else environ
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [name for name in names if environ.get(name)]
+    if not given and not _started_by_a_cluster(environ):
+        return 0, 1
+    if given and len(given) < len(names) and not _started_by_a_cluster(environ):
+        missing = ", ".join(name for name in names if name not in given)
+        raise ValueError(f"{', '.join(given)} set without {missing}: several processes need all three")
+    if not jax.distributed.is_initialized():
+        if len(given) == len(names):
+            address, count, index = (environ[name] for name in names)
+            jax.distributed.initialize(address, num_processes=int(count), process_id=int(index))
+        else:
+            jax.distributed.initialize()
+    return jax.process_index(), jax.process_count()
+
+
+def _started_by_a_cluster(environ: Mapping[str, str]) -> bool:
+    """Whether the environment is that of one of several tasks that JAX can join by itself."""
+
+    def more_than_one(name: str) -> bool:
+        return environ.get(name, "").isdigit() and int(environ[name]) > 1
+
+    return (
+        (more_than_one("SLURM_NTASKS") and "SLURM_STEP_NODELIST" in environ)
+        or more_than_one("OMPI_COMM_WORLD_SIZE")
+        or ("KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ)
+        or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
+    )
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here; nothing on one process."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def agree(value: int) -> int:
+    """The value that process 0 has, on every process."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))
