@@ -1,0 +1,63 @@
+"""The systems: one file each, four methods each.
+
+A model is an ``nnx.Module`` with
+
+- ``encode(batch, key) -> inputs``: a CellBatch to what the network reads;
+- ``__call__(inputs, keys=None) -> outputs``;
+- ``loss(batch, key) -> (sum, weight, metrics)``: metrics map names to (sum, weight); may update the
+  module's :class:`~scjax.nn.Buffer` variables; ``deterministic`` (set by ``.eval()``) turns dropout off;
+- ``embed(batch) -> float32 [B, D]``.
+
+Training, evaluation and the API know nothing else of a model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from scjax.config import from_config, nearest
+from scjax.nn.module import Abstract, abstract
+
+SYSTEMS = {
+    "scgpt": ("scjax.models.scgpt", "ScGPT", "ScGPTConfig"),
+}
+
+
+def resolve(system: str) -> tuple[type[nnx.Module], type]:
+    """The model class and the config class of a system.
+
+    Args:
+      system: a name in ``SYSTEMS``, or "package.module:Model" for a system of one's own, whose config
+        class is ``ModelConfig`` in the same module.
+
+    Raises:
+      ValueError: unknown name; says which there are.
+    """
+    if ":" in system:
+        module, name = system.split(":", 1)
+        where = (module, name, f"{name}Config")
+    elif system in SYSTEMS:
+        where = SYSTEMS[system]
+    else:
+        raise ValueError(f"unknown system {system!r}{nearest(system, SYSTEMS)}; there are {sorted(SYSTEMS)}, and "
+                         '"package.module:Model" names one of your own')  # fmt: skip
+    module = importlib.import_module(where[0])
+    return getattr(module, where[1]), getattr(module, where[2])
+
+
+def build(system: str, config: Mapping[str, Any], n_genes: int, seed: int = 0) -> Abstract:
+    """The abstract model; its parameters appear with ``scjax.nn.initialise``.
+
+    Args:
+      system: see :func:`resolve`.
+      config: fields of the system's config class; unknown ones are an error that names the nearest.
+      n_genes: size of the vocabulary.
+      seed: of the initial parameters.
+    """
+    model, config_class = resolve(system)
+    resolved = from_config(config_class, config, where="model")
+    return abstract(lambda: model(resolved, n_genes, rngs=nnx.Rngs(seed)))

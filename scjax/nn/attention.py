@@ -1,0 +1,54 @@
+"""Softmax attention over the genes of a cell."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Backend = Literal["auto", "einsum", "cellwise"]
+
+
+def attention(q_BSHD: Array, k_BSHD: Array, v_BSHD: Array, key_mask_BS: Array, *, backend: Backend = "auto") -> Array:
+    """softmax(q k / sqrt(D)) v within each cell; the softmax is taken in float32.
+
+    Args:
+      q_BSHD, k_BSHD, v_BSHD: [B, S, H, D], any float dtype.
+      key_mask_BS: bool [B, S], False where a key is padding. A cell needs one True at least.
+      backend: "einsum" computes all cells at once, head-major, and works on any mesh; "cellwise"
+        maps over the cells and recomputes each cell's scores in the backward pass, so that the
+        S x S scores stay in a core's cache and never exist for a whole batch; "auto" takes
+        "cellwise" on a lone CPU device, where it is about twice as fast, else "einsum".
+
+    Returns:
+      [B, S, H, D] in the dtype of ``v_BSHD``.
+    """
+    if backend == "auto":
+        backend = "cellwise" if jax.default_backend() == "cpu" and _one_device() else "einsum"
+    if backend == "einsum":
+        return _heads(q_BSHD, k_BSHD, v_BSHD, key_mask_BS)
+    if backend == "cellwise":
+        one = jax.checkpoint(lambda cell: _heads(*(x[None] for x in cell))[0])
+        return jax.lax.map(one, (q_BSHD, k_BSHD, v_BSHD, key_mask_BS))
+    raise ValueError(f'backend is "auto", "einsum" or "cellwise", not {backend!r}')
+
+
+def _one_device() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
+def _heads(q_BSHD: Array, k_BSHD: Array, v_BSHD: Array, key_mask_BS: Array) -> Array:
+    q_BHSD, k_BHTD, v_BHTD = (jnp.moveaxis(x, 2, 1) for x in (q_BSHD, k_BSHD, v_BSHD))
+    scale = q_BSHD.shape[-1] ** -0.5
+    scores_BHST = jnp.einsum("bhsd,bhtd->bhst", q_BHSD * scale, k_BHTD, preferred_element_type=jnp.float32)
+    scores_BHST = scores_BHST + jnp.where(key_mask_BS, 0.0, -1e30)[:, None, None, :]
+    top_BHS1 = jax.lax.stop_gradient(scores_BHST.max(-1, keepdims=True))
+    weights_BHST = jnp.exp(scores_BHST - top_BHS1)
+    out_BHSD = jnp.einsum("bhst,bhtd->bhsd", weights_BHST.astype(v_BHTD.dtype), v_BHTD,
+                          preferred_element_type=jnp.float32)  # fmt: skip
+    # dividing the D outputs instead of the S weights saves a pass over the scores
+    out_BHSD = out_BHSD / weights_BHST.sum(-1, keepdims=True)
+    return jnp.moveaxis(out_BHSD, 1, 2).astype(v_BSHD.dtype)

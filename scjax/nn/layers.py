@@ -1,0 +1,153 @@
+"""Blocks that the systems share: transformer block, scanned stack, dropout by row, small MLPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from scjax.nn.attention import Backend, attention
+
+Remat = Literal["none", "full", "dots"]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "leaky_relu": jax.nn.leaky_relu,
+}
+
+
+def linear(n_in: int, n_out: int, axes: tuple[str | None, str | None], *, rngs: nnx.Rngs, use_bias: bool = True,
+           dtype: Any = None) -> nnx.Linear:
+    """A dense layer whose kernel and bias carry logical axis names."""
+    return nnx.Linear(n_in, n_out, use_bias=use_bias, dtype=dtype, rngs=rngs, kernel_metadata={"axes": axes},
+                      bias_metadata={"axes": axes[1:]})  # fmt: skip
+
+
+def layer_norm(n: int, *, epsilon: float = 1e-5, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm computed in float32 whatever the dtype of its input."""
+    return nnx.LayerNorm(n, epsilon=epsilon, dtype=jnp.float32, rngs=rngs, scale_metadata={"axes": ("embed",)},
+                         bias_metadata={"axes": ("embed",)})  # fmt: skip
+
+
+def dropout(x: Array, rate: float, keys: Array | None) -> Array:
+    """Drops entries of each cell by that cell's own key.
+
+    Args:
+      x: [B, ...].
+      rate: probability of dropping.
+      keys: keys [B], or None for none (evaluation).
+    """
+    if keys is None or rate == 0.0:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def fold(keys: Array | None, data: int | Array) -> Array | None:
+    """Independent keys for another layer or another place of dropout."""
+    return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, data)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with one fused projection for queries, keys and values."""
+
+    def __init__(self, d_model: int, n_heads: int, *, backend: Backend, dtype: Any, rngs: nnx.Rngs):
+        if d_model % n_heads:
+            raise ValueError(f"n_heads = {n_heads} does not divide d_model = {d_model}")
+        head = d_model // n_heads
+        self.backend = backend
+        self.qkv = nnx.LinearGeneral(
+            d_model, (3, n_heads, head), dtype=dtype, rngs=rngs,
+            kernel_metadata={"axes": ("embed", None, "heads", "head")},
+            bias_metadata={"axes": (None, "heads", "head")},
+        )  # fmt: skip
+        self.out = nnx.LinearGeneral(
+            (n_heads, head), d_model, axis=(-2, -1), dtype=dtype, rngs=rngs,
+            kernel_metadata={"axes": ("heads", "head", "embed")}, bias_metadata={"axes": ("embed",)},
+        )  # fmt: skip
+
+    def __call__(self, x_BSE: Array, key_mask_BS: Array) -> Array:
+        q, k, v = (self.qkv(x_BSE)[:, :, i] for i in range(3))
+        return self.out(attention(q, k, v, key_mask_BS, backend=self.backend))
+
+
+class Block(nnx.Module):
+    """One transformer layer, post-norm (as in scGPT, BERT) or pre-norm."""
+
+    def __init__(self, d_model: int, n_heads: int, d_ff: int, *, norm: Literal["post", "pre"] = "post",
+                 activation: str = "relu", dropout: float = 0.0, epsilon: float = 1e-5, backend: Backend = "auto",
+                 dtype: Any = None, rngs: nnx.Rngs):  # fmt: skip
+        if norm not in ("post", "pre"):
+            raise ValueError(f'norm is "post" or "pre", not {norm!r}')
+        self.norm, self.rate, self.activation = norm, dropout, activation
+        self.attention = Attention(d_model, n_heads, backend=backend, dtype=dtype, rngs=rngs)
+        self.up = linear(d_model, d_ff, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+        self.down = linear(d_ff, d_model, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.norm1 = layer_norm(d_model, epsilon=epsilon, rngs=rngs)
+        self.norm2 = layer_norm(d_model, epsilon=epsilon, rngs=rngs)
+
+    def feed_forward(self, x: Array, keys: Array | None) -> Array:
+        return self.down(dropout(ACTIVATIONS[self.activation](self.up(x)), self.rate, fold(keys, 0)))
+
+    def __call__(self, x_BSE: Array, key_mask_BS: Array, keys: Array | None = None) -> Array:
+        """``keys``: dropout keys [B] of this layer, or None."""
+        drop = lambda x, site: dropout(x, self.rate, fold(keys, site))  # noqa: E731
+        x = x_BSE
+        if self.norm == "post":
+            x = self.norm1(x + drop(self.attention(x, key_mask_BS), 1)).astype(x.dtype)
+            return self.norm2(x + drop(self.feed_forward(x, keys), 2)).astype(x.dtype)
+        x = x + drop(self.attention(self.norm1(x).astype(x.dtype), key_mask_BS), 1)
+        return x + drop(self.feed_forward(self.norm2(x).astype(x.dtype), keys), 2)
+
+
+class Stack(nnx.Module):
+    """``n_layers`` equal blocks with stacked parameters, run by one scan.
+
+    Args:
+      make_block: builds one block from ``rngs``.
+      remat: what the backward pass keeps of a layer: "none" rematerialises nothing, "full"
+        everything but the layer's input, "dots" keeps the outputs of matrix products with weights.
+    """
+
+    def __init__(self, n_layers: int, make_block: Callable[[nnx.Rngs], nnx.Module], *, remat: Remat = "none",
+                 rngs: nnx.Rngs):  # fmt: skip
+        if remat not in ("none", "full", "dots"):
+            raise ValueError(f'remat is "none", "full" or "dots", not {remat!r}')
+        self.n_layers, self.remat = n_layers, remat
+        self.blocks = nnx.vmap(make_block)(rngs.split(n_layers))
+
+    def __call__(self, x: Array, *context: Any, keys: Array | None = None) -> Array:
+        """Runs ``block(x, *context, keys)`` for each layer; ``keys`` [B] are folded with its number."""
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def layer(x: Array, this: tuple[Any, Array]) -> tuple[Array, None]:
+            variables, number = this
+            return nnx.merge(graphdef, variables)(x, *context, fold(keys, number)), None
+
+        if self.remat == "full":
+            layer = jax.checkpoint(layer)
+        elif self.remat == "dots":
+            layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        return jax.lax.scan(layer, x, (stacked, jnp.arange(self.n_layers)))[0]
+
+
+class MLP(nnx.Module):
+    """Dense layers with an activation between them."""
+
+    def __init__(self, sizes: tuple[int, ...], *, activation: str = "leaky_relu", dtype: Any = None, rngs: nnx.Rngs):
+        last = len(sizes) - 2
+        names = [("embed", "embed_out" if i < last else None) for i in range(len(sizes) - 1)]
+        self.activation = activation
+        self.layers = nnx.List(
+            [linear(a, b, n, dtype=dtype, rngs=rngs) for a, b, n in zip(sizes[:-1], sizes[1:], names, strict=True)]
+        )
+
+    def __call__(self, x: Array) -> Array:
+        for i, layer in enumerate(self.layers):
+            x = layer(x if i == 0 else ACTIVATIONS[self.activation](x))
+        return x
