@@ -21,7 +21,7 @@ def synthetic_adata(
     ``study`` ("study0" | "study1", whole batches). var: index = symbol, ``ensembl_id``.
     """
     rng = np.random.default_rng([seed, 2024])
-    # The biology is the same whatever the seed of the cells, so that two calls make two studies of one tissue.
+    # The biology does not depend on the seed of the cells: two calls make two studies of one tissue.
     biology = np.random.default_rng([n_genes, n_types])
     base = biology.lognormal(0.0, 1.0, n_genes)
     profile = np.tile(base, (n_types, 1))
