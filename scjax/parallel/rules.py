@@ -21,6 +21,7 @@ Rules = Mapping[str, MeshAxis]
 RULES: Rules = {
     "vocab": "tensor",  # genes of an embedding table or an output head
     "embed": "fsdp",  # width of the residual stream
+    "embed_out": None,  # output width of a square layer, whose input is "embed"
     "mlp": "tensor",  # hidden width of a feed-forward layer
     "heads": "tensor",  # attention heads
     "head": None,  # width of one attention head

@@ -1,0 +1,113 @@
+"""AdamW with warm-up and decay, and which parameters it decays."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from scjax.config import ConfigError
+from scjax.nn.module import Abstract, axes_of, shapes_of
+
+Schedule = Callable[[Any], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019) and the course of its learning rate.
+
+    Attributes:
+      learning_rate: at the end of the warm-up.
+      warmup_steps: steps of linear warm-up; the first step already moves, by learning_rate / warmup_steps.
+      schedule: decay from the end of the warm-up to the last step.
+      end_factor: learning rate after the last step, as a fraction of ``learning_rate``; not used by
+        "constant".
+      weight_decay: of the parameters that :func:`decay_mask` selects.
+      clip_norm: largest global norm of the gradient; None for no clipping.
+      b1, b2, eps: of Adam.
+    """
+
+    learning_rate: float
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    end_factor: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ConfigError(f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
+        if self.warmup_steps < 0 or self.weight_decay < 0 or not 0 <= self.end_factor <= 1:
+            raise ConfigError(
+                "optimizer: warmup_steps and weight_decay are not negative, end_factor is in [0, 1]"
+            )
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ConfigError(
+                f"optimizer.clip_norm is {self.clip_norm}; give a positive norm, or None for none"
+            )
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
+    """Learning rate at step 0, 1, ... of a run of ``steps`` steps.
+
+    Raises:
+      ConfigError: the warm-up is not shorter than the run.
+    """
+    warmup = config.warmup_steps
+    if warmup and warmup >= steps:
+        raise ConfigError(f"optimizer.warmup_steps is {warmup}; it must be less than train.steps, {steps}")
+
+    def schedule(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        rising = jnp.minimum((step + 1) / max(warmup, 1), 1.0)
+        progress = jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        if config.schedule == "constant":
+            falling = jnp.ones_like(progress)
+        else:
+            left = 1 - progress if config.schedule == "linear" else (1 + jnp.cos(jnp.pi * progress)) / 2
+            falling = config.end_factor + (1 - config.end_factor) * left
+        return config.learning_rate * rising * falling
+
+    return schedule
+
+
+def decay_mask(model: Abstract) -> dict[str, Any]:
+    """True for each parameter that weight decay applies to, in the structure of the parameters.
+
+    Decayed are matrices that multiply activations. Not decayed are biases, scales of norms and whatever
+    else has one dimension (not counting that of stacked layers), because they hold no direction that
+    could grow without bound; and tables that are looked up (first axis "vocab", or named "embedding"):
+    decay would act on every row at every step and wear away the rows of rare genes, which have a
+    gradient only where the gene occurs.
+    """
+
+    def decayed(path: tuple[Any, ...], leaf: Any, axes: tuple[str | None, ...]) -> bool:
+        own = [axis for axis in axes if axis != "layers"]
+        name = str(getattr(path[-1], "key", path[-1]))
+        return len(own) >= 2 and own[0] != "vocab" and name not in ("bias", "scale", "embedding")
+
+    shapes, axes = shapes_of(model)["params"], axes_of(model)["params"]
+    return jax.tree_util.tree_map_with_path(decayed, shapes, axes)
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, model: Abstract
+) -> tuple[optax.GradientTransformation, Schedule]:
+    """``(transformation, schedule)``: gradients clipped by their global norm, then AdamW.
+
+    An experiment that wants another optimiser makes any ``optax.GradientTransformation`` in its place.
+    """
+    schedule = make_schedule(config, steps)
+    adamw = optax.adamw(
+        schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask(model)
+    )
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(clip, adamw), schedule

@@ -1,0 +1,101 @@
+"""The state of a run: ``{"params", "buffers", "opt", "step"}``, nested dicts of global arrays.
+
+The paths of the state are those of the checkpoint and depend on neither Flax nor Optax classes. No array
+is ever made unsharded: shapes first, then shardings, then a jitted initialisation that writes each shard
+where it belongs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from scjax.nn.module import Abstract, axes_of, initialise, shapes_of
+from scjax.parallel import RULES, Rules, replicated, shardings
+
+State = dict[str, Any]
+Path = tuple[str, ...]
+
+
+def _names(path: tuple[Any, ...]) -> Path:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def pack(opt_state: Any) -> dict[str, Any]:
+    """An optax state as nested dicts; tuples become dicts with keys "0", "1", ..."""
+    out: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+        *parents, last = _names(path)
+        node = out
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return out
+
+
+def unpack(tx: optax.GradientTransformation, params: Any, packed: dict[str, Any]) -> Any:
+    """The optax state that :func:`pack` made ``packed`` from."""
+
+    def find(path: tuple[Any, ...], _: Any) -> Any:
+        node = packed
+        for name in _names(path):
+            node = node[name]
+        return node
+
+    return jax.tree_util.tree_map_with_path(find, jax.eval_shape(tx.init, params))
+
+
+def _fresh(model: Abstract, tx: optax.GradientTransformation) -> State:
+    variables = initialise(model)
+    return {**variables, "opt": pack(tx.init(variables["params"])), "step": jnp.zeros((), jnp.int32)}
+
+
+def abstract_state(
+    model: Abstract, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules = RULES
+) -> State:
+    """The state as ``jax.ShapeDtypeStruct`` with shardings; nothing is allocated.
+
+    Parameters and buffers are split by their logical axes; what an optimiser keeps per parameter, such
+    as Adam's moments, is split like that parameter; everything else is replicated.
+    """
+    shapes = jax.eval_shape(lambda: _fresh(model, tx))
+    axes, declared = axes_of(model), shapes_of(model)
+    split: dict[str, Any] = {kind: shardings(mesh, declared[kind], axes[kind], rules) for kind in declared}
+    params = {
+        _names(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(declared["params"]),
+            jax.tree.leaves(split["params"]),
+            strict=True,
+        )
+    }
+
+    def like_its_parameter(path: tuple[Any, ...], leaf: Any) -> Any:
+        names = _names(path)
+        for start in range(len(names)):
+            shape, sharding = params.get(names[start:], (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return replicated(mesh)
+
+    split["opt"] = jax.tree_util.tree_map_with_path(like_its_parameter, shapes["opt"])
+    split["step"] = replicated(mesh)
+    return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, split)
+
+
+def shardings_of(abstract: Any) -> Any:
+    """The shardings of a tree of arrays or of :func:`abstract_state`."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def init_state(model: Abstract, tx: optax.GradientTransformation, abstract: State) -> State:
+    """A fresh state at step 0, each shard made on its own device; the same values on every mesh."""
+    return jax.jit(lambda: _fresh(model, tx), out_shardings=shardings_of(abstract))()
+
+
+def count_parameters(state: State) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(state["params"]))

@@ -1,0 +1,142 @@
+"""One step of training and one of evaluation, as pure jitted functions.
+
+Losses arrive as (sum, weight). Sums are added over micro-batches and devices and divided once, so that a
+step is the same however a batch is cut, although cells differ in how many masked genes they contribute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from scjax.nn.module import Abstract, axes_of, bind, buffers_of
+from scjax.parallel import BATCH_AXES, batch_sharding, replicated
+from scjax.train.state import State, pack, shardings_of, unpack
+from scjax.types import CellBatch
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+TrainStep = Callable[[State, CellBatch], tuple[State, Metrics]]
+EvalStep = Callable[[State, CellBatch], Metrics]
+
+
+def _loss_of(model: Abstract, abstract: State, *, train: bool) -> Callable[..., tuple[Any, Any]]:
+    """``(params, buffers, batch, key) -> (loss_sum, (new buffers, metrics))``, to be differentiated."""
+    tables = jax.tree.map(
+        lambda leaf, axes: (
+            NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[:1]))
+            if axes[:1] == ("vocab",)
+            else None
+        ),
+        abstract["params"],
+        axes_of(model)["params"],
+    )
+
+    def whole_rows(param: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+        """A table as it is looked up. Left to itself the compiler would look up pieces of rows and then
+        move the activations of the whole batch between devices to put the pieces together."""
+        return param if sharding is None else jax.lax.with_sharding_constraint(param, sharding)
+
+    def loss(params: Any, buffers: Any, batch: CellBatch, key: jax.Array) -> tuple[Any, Any]:
+        params = jax.tree.map(whole_rows, params, tables)
+        module = bind(model, params, buffers)
+        if not train:
+            module.eval()
+        total, weight, metrics = module.loss(batch, key)
+        metrics = dict(metrics) | {"loss": (total, weight), "cells": (batch.weight.sum(), jnp.ones(()))}
+        return total, (buffers_of(module), jax.tree.map(lambda x: x.astype(jnp.float32), metrics))
+
+    return loss
+
+
+def make_train_step(
+    model: Abstract, tx: optax.GradientTransformation, abstract: State, *, seed: int, accumulate: int = 1
+) -> TrainStep:
+    """The jitted ``(state, batch) -> (state, metrics)``; the state passed in is donated.
+
+    Compiles once for each length of batch. Randomness is keyed by (seed, step) here and by row in the
+    model, so that it is the same on every mesh and for every ``accumulate``.
+
+    Args:
+      model: the abstract model.
+      tx: the optimiser.
+      abstract: from :func:`scjax.train.abstract_state`; fixes the shardings of the new state.
+      seed: of the run.
+      accumulate: micro-batches a step. Each takes every ``accumulate``-th row, so that each device
+        cuts up its own rows and none moves.
+
+    Returns:
+      The step. Its metrics are (sum, weight) float32 scalars by name: those of the model, ``loss``,
+      ``cells`` (sum: cells in the batch) and ``grad_norm`` (before clipping). A batch of weight 0 has
+      the gradient 0.
+
+    Raises:
+      ValueError: when traced, if ``accumulate`` does not divide the batch.
+    """
+    mesh = abstract["step"].sharding.mesh
+    micro_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+    gradient = jax.grad(_loss_of(model, abstract, train=True), has_aux=True)
+
+    def cut(x: jax.Array) -> jax.Array:
+        if x.shape[0] % accumulate:
+            raise ValueError(f"train.accumulate = {accumulate} does not divide a batch of {x.shape[0]} cells")
+        x = jnp.moveaxis(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 1, 0)
+        return jax.lax.with_sharding_constraint(x, micro_sharding)
+
+    def step(state: State, batch: CellBatch) -> tuple[State, Metrics]:
+        params, key = state["params"], jax.random.fold_in(jax.random.key(seed), state["step"])
+        if accumulate == 1:
+            grads, (buffers, metrics) = gradient(params, state["buffers"], batch, key)
+        else:
+
+            def add(carry: Any, micro: CellBatch) -> tuple[Any, None]:
+                buffers, sums = carry
+                grads, (buffers, metrics) = gradient(params, buffers, micro, key)
+                return (buffers, jax.tree.map(jnp.add, sums, (grads, metrics))), None
+
+            cuts = jax.tree.map(cut, batch)
+            first = jax.tree.map(lambda x: x[0], cuts)
+            like = jax.eval_shape(lambda b: gradient(params, state["buffers"], b, key), first)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (like[0], like[1][1]))
+            (buffers, (grads, metrics)), _ = jax.lax.scan(add, (state["buffers"], zeros), cuts)
+            metrics["cells"] = (metrics["cells"][0], jnp.ones(()))
+
+        weight = metrics["loss"][1]
+        scale = jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0)
+        grads = jax.tree.map(lambda g: jnp.where(scale > 0, g * scale, 0).astype(g.dtype), grads)
+        metrics["grad_norm"] = (optax.tree.norm(grads).astype(jnp.float32), jnp.ones(()))
+
+        updates, opt = tx.update(grads, unpack(tx, params, state["opt"]), params)
+        params = optax.apply_updates(params, updates)
+        return {"params": params, "buffers": buffers, "opt": pack(opt), "step": state["step"] + 1}, metrics
+
+    shardings = shardings_of(abstract)
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(model: Abstract, abstract: State, *, seed: int) -> EvalStep:
+    """The jitted ``(state, batch) -> metrics``: those of training without a gradient, dropout off.
+
+    Its key does not depend on the step: every evaluation masks the same genes of the same cells.
+    """
+    mesh = abstract["step"].sharding.mesh
+    loss = _loss_of(model, abstract, train=False)
+
+    def step(state: State, batch: CellBatch) -> Metrics:
+        _, (_, metrics) = loss(state["params"], state["buffers"], batch, jax.random.key(seed))
+        return metrics
+
+    return jax.jit(
+        step,
+        in_shardings=(shardings_of(abstract), batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
