@@ -18,6 +18,7 @@ from flax import nnx
 from jax import Array
 
 from scjax.encoding import bin_quantiles, gene_uniform, log1p, normalize_total, row_keys, select_genes
+from scjax.encoding.values import Tie
 from scjax.nn.attention import Backend
 from scjax.nn.layers import MLP, Block, Remat, Stack, dropout, fold, layer_norm, linear
 from scjax.nn.module import Buffer
@@ -40,6 +41,8 @@ class ScGPTConfig:
         and cut to their most expressed genes for an embedding.
       values: "binned" (quantile bins 1 .. n_bins - 1) or "log1p" (log of counts per 10,000).
       n_bins: bins, the zero bin included.
+      tie: bin of a count that fills several quantiles: "random" among them as published, "left" or
+        "mid"; see :func:`scjax.encoding.bin_quantiles`. An embedding always takes "mid" for "random".
       value_scale: number that bins or log values are multiplied by before the network reads them
         and before they are targets. 1 as published; 1 / n_bins suits training from scratch.
       mask_fractions: share of a cell's genes that are hidden, drawn anew for each cell.
@@ -58,6 +61,7 @@ class ScGPTConfig:
     max_length: int = 1200
     values: Literal["binned", "log1p"] = "binned"
     n_bins: int = 51
+    tie: Tie = "random"
     value_scale: float = 1.0
     mask_fractions: tuple[float, ...] = (0.25, 0.5, 0.75)
     mvc_weight: float = 1.0
@@ -122,7 +126,9 @@ class ScGPT(nnx.Module):
         self.decoder = MLP((d, d, d, 1), dtype=dtype, rngs=rngs)
         if c.mvc_weight:
             self.mvc_query = linear(d, d, ("embed", "embed_out"), dtype=dtype, rngs=rngs)
-            self.mvc_product = linear(d, d, ("embed", "embed_out"), use_bias=False, dtype=dtype, rngs=rngs)
+            # from zero: the product of two random vectors would start far outside the range of values
+            self.mvc_product = linear(d, d, ("embed", "embed_out"), use_bias=False, dtype=dtype, rngs=rngs,
+                                      kernel_init=nnx.initializers.zeros)  # fmt: skip
         self.target_sum = Buffer(jnp.zeros(n_genes), axes=("vocab",))
         self.target_count = Buffer(jnp.zeros(n_genes), axes=("vocab",))
 
@@ -132,7 +138,7 @@ class ScGPT(nnx.Module):
         c = self.config
         if c.values == "log1p":
             return c.value_scale * log1p(normalize_total(batch.count, batch.depth))
-        tie = "mid" if keys is None else "random"
+        tie: Tie = "mid" if c.tie == "random" and keys is None else c.tie
         return c.value_scale * bin_quantiles(batch.count, c.n_bins, tie=tie, keys=keys, gene_id=batch.gene_id)
 
     def encode(self, batch: CellBatch, key: Array) -> Tokens:

@@ -22,10 +22,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def linear(n_in: int, n_out: int, axes: tuple[str | None, str | None], *, rngs: nnx.Rngs, use_bias: bool = True,
-           dtype: Any = None) -> nnx.Linear:
+           dtype: Any = None, kernel_init: Callable[..., Array] = nnx.initializers.lecun_normal()) -> nnx.Linear:
     """A dense layer whose kernel and bias carry logical axis names."""
-    return nnx.Linear(n_in, n_out, use_bias=use_bias, dtype=dtype, rngs=rngs, kernel_metadata={"axes": axes},
-                      bias_metadata={"axes": axes[1:]})  # fmt: skip
+    return nnx.Linear(n_in, n_out, use_bias=use_bias, dtype=dtype, rngs=rngs, kernel_init=kernel_init,
+                      kernel_metadata={"axes": axes}, bias_metadata={"axes": axes[1:]})  # fmt: skip
 
 
 def layer_norm(n: int, *, epsilon: float = 1e-5, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -1,0 +1,35 @@
+# Two commands do everything on a fresh machine with Python >= 3.11 and make:
+#   make quickstart   environment, real cells, a pretrained and probed checkpoint, a report
+#   make test         the test suite
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    ?= runs/quickstart
+BIN    := $(VENV)/bin
+
+.PHONY: quickstart env test test-slow lint notebooks clean
+
+quickstart: env
+	PYTHON=$(BIN)/python RUN=$(RUN) bash tools/quickstart.sh
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "scjax needs Python 3.11 or later, this is %s (set PYTHON=)" % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[eval,tensorboard]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)

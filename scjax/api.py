@@ -1,0 +1,231 @@
+"""The scanpy-like face: load a run, embed and annotate AnnData in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scjax.genes import Vocabulary
+
+if TYPE_CHECKING:
+    import anndata
+    from rich.table import Table
+
+    from scjax.nn import Abstract
+
+MIN_MATCHED = 0.05  # share of the model's genes below which an embedding would mean little
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A trained model in the hand: what :func:`load` returns.
+
+    Attributes:
+      system: "scgpt", ...
+      config: the model's hyper-parameters.
+      vocabulary: genes by id.
+      params, buffers: nested dicts of arrays.
+      step: training step of the parameters; 0 for an untrained twin.
+      path: the run directory.
+    """
+
+    system: str
+    config: dict[str, Any]
+    vocabulary: Vocabulary
+    params: dict[str, Any]
+    buffers: dict[str, Any]
+    step: int
+    path: Path
+
+    @functools.cached_property
+    def abstract(self) -> Abstract:
+        from scjax import models
+
+        return models.build(self.system, self.config, len(self.vocabulary))
+
+    @functools.cached_property
+    def module(self) -> Any:
+        """The live ``nnx.Module``: ``model.module.gene.embedding[...]`` and so on."""
+        from scjax.nn import bind
+
+        module = bind(self.abstract, self.params, self.buffers)
+        module.eval()
+        return module
+
+    @property
+    def n_parameters(self) -> int:
+        import jax
+
+        return sum(int(leaf.size) for leaf in jax.tree.leaves(self.params))
+
+    @functools.cached_property
+    def _embed(self) -> Any:
+        import jax
+
+        from scjax.nn import bind
+
+        return jax.jit(lambda params, buffers, batch: bind(self.abstract, params, buffers).embed(batch))
+
+    def embed(self, adata: anndata.AnnData, *, batch_size: int = 64, layer: str | None = None,
+              progress: bool = False) -> np.ndarray:
+        """Cell embedding, float32 [n_obs, D]; see :func:`embed`."""
+        from rich.progress import Progress, TimeRemainingColumn
+
+        from scjax.loader import cells
+
+        match = self.vocabulary.match(adata.var)
+        if match.n_matched < MIN_MATCHED * len(self.vocabulary):
+            raise ValueError(
+                f"{match.summary()}. That is less than {MIN_MATCHED:.0%} of the {len(self.vocabulary):,} genes "
+                f"{self.path} was trained on; they look like {self.vocabulary.ids[:3]} ({self.vocabulary.symbols[:3]})"
+            )
+        out = None
+        with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), disable=not progress,
+                      transient=True) as bar:  # fmt: skip
+            task = bar.add_task(f"embedding {adata.n_obs:,} cells", total=adata.n_obs)
+            start = 0
+            for batch in cells(adata, self.vocabulary, batch_size, layer=layer):
+                vectors = np.asarray(self._embed(self.params, self.buffers, batch))
+                if out is None:
+                    out = np.empty((adata.n_obs, vectors.shape[1]), np.float32)
+                n = min(batch_size, adata.n_obs - start)
+                out[start : start + n] = vectors[:n]
+                start += n
+                bar.update(task, advance=n)
+        if out is None:
+            raise ValueError("no cells to embed: the AnnData has no rows")
+        return out
+
+    def random_twin(self, seed: int = 1) -> Model:
+        """The same network with fresh parameters: the control that shows what pretraining did."""
+        import jax
+
+        from scjax import models
+        from scjax.nn import initialise
+
+        fresh = models.build(self.system, self.config, len(self.vocabulary), seed)
+        return dataclasses.replace(self, **jax.jit(lambda: initialise(fresh))(), step=0)
+
+    def gene_embedding(self) -> np.ndarray:
+        """The gene-embedding table, float32 [n_genes, E], in the order of the vocabulary."""
+        return np.asarray(self.module.gene.embedding[...])[: len(self.vocabulary)]
+
+    def parameter_table(self) -> Table:
+        """A printable table: path, shape, logical axes, count and bytes of each parameter."""
+        from scjax.nn.table import parameter_table
+
+        return parameter_table(self.abstract, title=f"{self.system} at step {self.step:,}")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of the run's ``metrics.jsonl``, [] if it has none."""
+        file = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def load(path: str | Path, step: int | None = None) -> Model:
+    """A model from the directory of its run; needs nothing else.
+
+    Args:
+      path: run directory (holds ``model.json``), or one checkpoint in it (``RUN/checkpoints/STEP``).
+      step: which checkpoint; by default the newest whole one.
+
+    Raises:
+      FileNotFoundError: no run there, or no such checkpoint; says which there are.
+    """
+    from scjax.train.run import read_model
+
+    return Model(**read_model(Path(path), step))
+
+
+def _model(model: Model | str | Path) -> Model:
+    return model if isinstance(model, Model) else load(model)
+
+
+def embed(adata: anndata.AnnData, model: Model | str | Path, *, key_added: str = "X_scjax", batch_size: int = 64,
+          layer: str | None = None, progress: bool = False) -> None:
+    """Embeds the cells of ``adata`` in place.
+
+    A cell's embedding depends on that cell alone: not on the other cells, their number, or the order of
+    genes.
+
+    Args:
+      adata: raw counts of n_obs cells.
+      model: what :func:`load` returned, or a path for it.
+      key_added: name in ``adata.obsm``; what was done is noted in ``adata.uns["scjax"][key_added]``.
+      batch_size: cells at a time.
+      layer: where the counts are; ``adata.X`` by default.
+      progress: show a progress bar.
+
+    Raises:
+      ValueError: counts that are not raw, or hardly any gene in common with the model; says so before
+        anything is computed.
+    """
+    model = _model(model)
+    adata.obsm[key_added] = model.embed(adata, batch_size=batch_size, layer=layer, progress=progress)
+    match = model.vocabulary.match(adata.var)
+    adata.uns.setdefault("scjax", {})[key_added] = {
+        "run": str(model.path),
+        "system": model.system,
+        "step": model.step,
+        "vocabulary": model.vocabulary.hash,
+        "genes": {"matched": match.n_matched, "in data": adata.n_vars, "in model": len(model.vocabulary)},
+    }
+
+
+def annotate(adata: anndata.AnnData, model: Model | str | Path, *, reference: anndata.AnnData,
+             label_key: str = "cell_type", unlabelled: str = "unlabelled", key_added: str = "scjax",
+             batch_size: int = 64, layer: str | None = None, progress: bool = False) -> None:
+    """Labels the cells of ``adata`` by those of a labelled reference, through the frozen embedding.
+
+    A logistic regression on the standardised embedding of the reference, its strength chosen by
+    cross-validation there, predicts the query.
+
+    Args:
+      adata: query, raw counts. Gets ``obs["scjax_<label_key>"]`` and
+        ``obs["scjax_<label_key>_confidence"]`` (the probability of the label), and both data sets get
+        ``obsm["X_scjax"]``.
+      model: what :func:`load` returned, or a path for it.
+      reference: raw counts with labels in ``obs[label_key]``.
+      label_key: column of labels.
+      unlabelled: value of ``label_key`` that means none; such reference cells are left out.
+      key_added: prefix of the new columns.
+      batch_size, layer, progress: as in :func:`embed`.
+
+    Raises:
+      ValueError: no such column (lists those there are), or fewer than two labels with 2 cells.
+    """
+    import pandas as pd
+    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if label_key not in reference.obs:
+        raise ValueError(f"the reference has no obs column {label_key!r}; there are {sorted(reference.obs.columns)}")
+    model = _model(model)
+    labels = reference.obs[label_key]
+    known = (labels.notna() & (labels.astype(str) != unlabelled)).to_numpy()
+    names = labels.astype(str).to_numpy()
+    counted = pd.Series(names[known]).value_counts()
+    known &= np.isin(names, counted.index[counted >= 2])
+    if len(set(names[known])) < 2:
+        raise ValueError(f"obs[{label_key!r}] of the reference holds fewer than two labels with 2 cells or more: "
+                         f"{counted.to_dict()}")  # fmt: skip
+    key = f"X_{key_added}"
+    for cells in (reference, adata):
+        embed(cells, model, key_added=key, batch_size=batch_size, layer=layer, progress=progress)
+    folds = int(min(5, counted[counted >= 2].min()))
+    probe = make_pipeline(
+        StandardScaler(),
+        LogisticRegressionCV(Cs=[0.01, 0.1, 1.0], cv=folds, class_weight="balanced", max_iter=2000,
+                             scoring="f1_macro"),
+    ).fit(reference.obsm[key][known], names[known])  # fmt: skip
+    probability = probe.predict_proba(adata.obsm[key])
+    best = probability.argmax(1)
+    column = f"{key_added}_{label_key}"
+    adata.obs[column] = pd.Categorical(probe.classes_[best], categories=list(probe.classes_))
+    adata.obs[f"{column}_confidence"] = probability[np.arange(len(best)), best].astype(np.float32)

@@ -1,0 +1,244 @@
+"""``scjax``: corpora, embeddings, evaluations and configs from the shell.
+
+Each command is a thin layer over the Python function of the same name; imports sit inside the
+commands so that ``scjax eval`` on an embedding somebody else made starts without JAX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from scjax import __version__
+
+out, err = Console(), Console(stderr=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status (0, 1 problems found, 2 bad input)."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        if args.debug:
+            raise
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        err.print(f"[bold red]error:[/] {_escape(str(message))}", highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        return 130
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+# ------------------------------------------------------------------ corpus
+def corpus_build(args: argparse.Namespace) -> int:
+    from scjax.corpus import build_corpus
+    from scjax.genes import Vocabulary
+
+    corpus = build_corpus(
+        args.sources,
+        args.out,
+        vocabulary=None if args.vocabulary is None else Vocabulary.from_tsv(args.vocabulary),
+        layer=args.layer,
+        labels=args.labels,
+        names=args.names,
+        validation=args.validation,
+        split_by=args.split_by,
+        seed=args.seed,
+        min_genes=args.min_genes,
+        allow_non_integer=args.allow_non_integer,
+        duplicates="sum" if args.sum_duplicates else "error",
+        codec=args.codec,
+    )
+    out.print(corpus.info())
+    return 0
+
+
+def corpus_info(args: argparse.Namespace) -> int:
+    from scjax.corpus import Corpus
+
+    out.print(Corpus.open(args.corpus).info())
+    return 0
+
+
+def corpus_verify(args: argparse.Namespace) -> int:
+    from scjax.corpus import Corpus
+
+    corpus = Corpus.open(args.corpus)
+    problems = corpus.verify(progress=True)
+    for problem in problems:
+        err.print(f"[red]{_escape(str(problem))}", soft_wrap=True)
+    out.print(f"{len(corpus):,} cells in {len(corpus.parts)} parts: "
+              + (f"{len(problems)} problems" if problems else "whole and consistent"))  # fmt: skip
+    return 1 if problems else 0
+
+
+# ------------------------------------------------------- embeddings and scores
+def embed(args: argparse.Namespace) -> int:
+    import anndata
+
+    from scjax import api
+
+    _refuse_existing(args.out, args.force)
+    adata = anndata.read_h5ad(args.input)
+    model = api.load(args.model)
+    api.embed(adata, model, key_added=args.key, batch_size=args.batch_size, layer=args.layer, progress=True)
+    _write_whole(adata.write_h5ad, args.out)
+    out.print(f'{adata.n_obs:,} cells embedded in {adata.obsm[args.key].shape[1]} dimensions: '
+              f'obsm\\["{args.key}"] of {args.out}')  # fmt: skip
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    import anndata
+
+    import scjax.eval
+
+    directory = Path(args.out)
+    if directory.exists() and any(directory.iterdir()) and not args.force:
+        raise ValueError(f"{directory} is not empty; name another --out or add --force to write into it")
+    adata = anndata.read_h5ad(args.input)
+    embeddings, controls = list(args.obsm or ()), {}
+    facts: dict[str, Any] = {"input": str(args.input)}
+    curves = None
+    if args.model:
+        from scjax import api
+
+        model = api.load(args.model)
+        api.embed(adata, model, key_added="X_scjax", batch_size=args.batch_size, layer=args.layer, progress=True)
+        api.embed(adata, model.random_twin(), key_added="X_scjax_random_init", batch_size=args.batch_size,
+                  layer=args.layer, progress=True)  # fmt: skip
+        embeddings.insert(0, "X_scjax")
+        controls["random_init"] = "X_scjax_random_init"
+        facts |= {"model": str(args.model), "step": model.step, "parameters": model.n_parameters,
+                  **{f"genes: {k}": v for k, v in adata.uns["scjax"]["X_scjax"]["genes"].items()}}  # fmt: skip
+        curves = model.metrics()
+    if not embeddings:
+        raise ValueError("nothing to score: give --model RUN, --obsm KEY, or both; "
+                         f"obsm of {args.input} holds {sorted(adata.obsm)}")  # fmt: skip
+    results = scjax.eval.run(
+        adata, embeddings=embeddings, tasks=args.tasks, label_key=args.label, batch_key=args.batch,
+        group_key=args.group, controls=controls, counts=args.layer, seed=args.seed, progress=True,
+    )  # fmt: skip
+    directory.mkdir(parents=True, exist_ok=True)
+    results.to_jsonl(directory / "results.jsonl")
+    results.report(directory / "report.html", title=args.title, curves=curves, facts=facts)
+    out.print(results.table())
+    out.print(f"report: {directory / 'report.html'}")
+    return 0
+
+
+def _refuse_existing(path: str, force: bool) -> None:
+    if os.path.exists(path) and not force:
+        raise ValueError(f"{path} exists; name another --out or add --force to replace it")
+
+
+def _write_whole(write: Any, path: str) -> None:
+    """Writes to a neighbour and renames, so that ``path`` is the whole file or is not there."""
+    partial = Path(path).with_name(f".{Path(path).name}.partial")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------- configs
+def config_show(args: argparse.Namespace) -> int:
+    from scjax.cli.configs import load_config
+
+    out.print(load_config(args.config).to_yaml() if args.yaml else str(load_config(args.config)), markup=False)
+    return 0
+
+
+def config_params(args: argparse.Namespace) -> int:
+    from scjax.cli.configs import load_config, parameter_table
+
+    out.print(parameter_table(load_config(args.config), n_genes=args.genes))
+    return 0
+
+
+# ---------------------------------------------------------------------- parser
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="scjax", description="Pretrain, adapt and examine single-cell models.")
+    parser.add_argument("--version", action="version", version=f"scjax {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    corpus = commands.add_parser("corpus", help="build, describe and check corpora of raw counts")
+    corpus = corpus.add_subparsers(metavar="COMMAND", required=True)
+    build = corpus.add_parser("build", help="h5ad files to a corpus")
+    build.set_defaults(run=corpus_build)
+    build.add_argument("sources", nargs="+", metavar="SOURCE.h5ad")
+    build.add_argument("--out", required=True, metavar="DIR")
+    build.add_argument("--names", nargs="+", metavar="NAME", help="data set names, one a source (default: file stems)")
+    build.add_argument("--layer", metavar="NAME", help='where the counts are: "X", "raw" or a layer (default: found)')
+    build.add_argument("--labels", nargs="+", metavar="COLUMN", help="obs columns kept as labels (default: categories)")
+    build.add_argument("--vocabulary", metavar="FILE.tsv", help="genes to keep (default: all of the sources')")
+    build.add_argument("--validation", type=float, default=0.0, metavar="FRACTION", help="cells held out (default: 0)")
+    build.add_argument("--split-by", metavar="COLUMN", help="hold out whole groups of this column (donor, ...)")
+    build.add_argument("--min-genes", type=int, default=1, metavar="N", help="drop cells with fewer genes (default: 1)")
+    build.add_argument("--allow-non-integer", action="store_true", help="take fractional values as they are")
+    build.add_argument("--sum-duplicates", action="store_true", help="add up columns that name one gene")
+    build.add_argument("--codec", default="fast", choices=("fast", "balanced", "small", "local"))
+    build.add_argument("--seed", type=int, default=0, help="of the order of cells on disk (default: 0)")
+    for name, run, text in (("info", corpus_info, "what a corpus holds"), ("verify", corpus_verify, "check every byte")):
+        command = corpus.add_parser(name, help=text)
+        command.set_defaults(run=run)
+        command.add_argument("corpus", metavar="DIR")
+
+    command = commands.add_parser("embed", help="add a model's cell embedding to an h5ad file")
+    command.set_defaults(run=embed)
+    command.add_argument("input", metavar="IN.h5ad")
+    command.add_argument("--model", required=True, metavar="RUN", help="run directory")
+    command.add_argument("--out", required=True, metavar="OUT.h5ad")
+    command.add_argument("--key", default="X_scjax", help="name in obsm (default: X_scjax)")
+    _add_reading(command)
+
+    command = commands.add_parser("eval", help="score embeddings beside the controls; write a report")
+    command.set_defaults(run=evaluate)
+    command.add_argument("input", metavar="IN.h5ad")
+    command.add_argument("--model", metavar="RUN", help="run directory; its random twin is scored beside it")
+    command.add_argument("--obsm", nargs="+", metavar="KEY", help="embeddings already in the file, anybody's")
+    command.add_argument("--tasks", nargs="+", default=["annotation", "clustering"],
+                         choices=("annotation", "clustering", "integration"))  # fmt: skip
+    command.add_argument("--label", required=True, metavar="COLUMN", help="obs column to predict")
+    command.add_argument("--batch", metavar="COLUMN", help="obs column of batches (integration)")
+    command.add_argument("--group", metavar="COLUMN", help="obs column that splits never cut through (donor, study)")
+    command.add_argument("--out", required=True, metavar="DIR")
+    command.add_argument("--title", default=None)
+    command.add_argument("--seed", type=int, default=0)
+    _add_reading(command)
+
+    config = commands.add_parser("config", help="look at a config file without data or devices")
+    config = config.add_subparsers(metavar="COMMAND", required=True)
+    show = config.add_parser("show", help="the config, resolved")
+    show.set_defaults(run=config_show)
+    show.add_argument("config", metavar="FILE.py[:ARG]")
+    show.add_argument("--yaml", action="store_true")
+    params = config.add_parser("params", help="every parameter: shape, axes, bytes")
+    params.set_defaults(run=config_params)
+    params.add_argument("config", metavar="FILE.py[:ARG]")
+    params.add_argument("--genes", type=int, metavar="N", help="size of the vocabulary (default: the config's corpus)")
+    return parser
+
+
+def _add_reading(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--layer", metavar="NAME", help="layer with the raw counts (default: X)")
+    command.add_argument("--batch-size", type=int, default=64)
+    command.add_argument("--force", action="store_true", help="replace what is there")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
