@@ -4,10 +4,10 @@ from scjax.parallel.mesh import (
     AXES,
     BATCH_AXES,
     MeshConfig,
-    agree,
     barrier,
     batch_sharding,
     distributed_start,
+    everywhere,
     make_mesh,
     process_shard,
     replicated,
@@ -16,6 +16,21 @@ from scjax.parallel.mesh import (
 from scjax.parallel.placement import place
 from scjax.parallel.rules import RULES, Rules, partition, shardings
 
-__all__ = ["AXES", "BATCH_AXES", "RULES", "MeshConfig", "Rules", "agree", "barrier", "batch_sharding",
-           "distributed_start", "make_mesh", "partition", "place", "process_shard", "replicated", "shardings",
-           "summary"]  # fmt: skip
+__all__ = [
+    "AXES",
+    "BATCH_AXES",
+    "RULES",
+    "MeshConfig",
+    "Rules",
+    "barrier",
+    "batch_sharding",
+    "distributed_start",
+    "everywhere",
+    "make_mesh",
+    "partition",
+    "place",
+    "process_shard",
+    "replicated",
+    "shardings",
+    "summary",
+]

@@ -154,10 +154,10 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def agree(value: int) -> int:
-    """The value that process 0 has, on every process."""
+def everywhere(flag: bool) -> bool:
+    """Whether ``flag`` is set on every process."""
     if jax.process_count() == 1:
-        return value
+        return flag
     from jax.experimental import multihost_utils
 
-    return int(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))

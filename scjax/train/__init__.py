@@ -1,0 +1,46 @@
+"""Training: state, step, optimiser, checkpoints, metrics and the run directory.
+
+An experiment puts these together and owns its loop; see ``experiments/pretrain.py``.
+"""
+
+from scjax.train.checkpoint import CheckpointError, Checkpoints, Restored, restore_variables
+from scjax.train.config import DataConfig, RunConfig, TrainConfig, ValidationConfig
+from scjax.train.metrics import Meter, MetricsLog, NonFiniteLoss, read_metrics
+from scjax.train.optimizer import OptimizerConfig, decay_mask, make_optimizer, make_schedule
+from scjax.train.progress import RunProgress
+from scjax.train.run import Run, describe, identity, open_run, read_model, read_run
+from scjax.train.state import State, abstract_state, count_parameters, init_state, shardings_of
+from scjax.train.step import make_eval_step, make_train_step
+
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "DataConfig",
+    "Meter",
+    "MetricsLog",
+    "NonFiniteLoss",
+    "OptimizerConfig",
+    "Restored",
+    "Run",
+    "RunConfig",
+    "RunProgress",
+    "State",
+    "TrainConfig",
+    "ValidationConfig",
+    "abstract_state",
+    "count_parameters",
+    "decay_mask",
+    "describe",
+    "identity",
+    "init_state",
+    "make_eval_step",
+    "make_optimizer",
+    "make_schedule",
+    "make_train_step",
+    "open_run",
+    "read_metrics",
+    "read_model",
+    "read_run",
+    "restore_variables",
+    "shardings_of",
+]

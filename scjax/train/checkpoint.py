@@ -1,0 +1,306 @@
+"""Checkpoints: the state, the data cursor and what they belong to, in one Orbax step.
+
+A step is complete or absent: Orbax writes it beside its place and renames it. What it holds is checked
+when it is read, against a fingerprint taken on the device when it was saved, so that a damaged file is
+never taken for parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import LatestN
+
+from scjax.parallel import barrier, everywhere
+from scjax.train.state import State
+
+UNREADABLE = (ValueError, KeyError, OSError, RuntimeError)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; says why and what would be right."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A state, the data cursor that goes with it, and the number of steps done."""
+
+    state: State
+    cursor: dict[str, Any]
+    step: int
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """``["seed: 0 -> 1", ...]`` for every entry that differs between two nested mappings."""
+    out = []
+    for key in sorted({*old, *new}):
+        was, now = old.get(key, "absent"), new.get(key, "absent")
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            out += changes(was, now, f"{prefix}{key}.")
+        elif was != now:
+            out.append(f"{prefix}{key}: {was} -> {now}")
+    return out
+
+
+def refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any], where: pathlib.Path) -> None:
+    """Raises CheckpointError naming each setting in which a run differs from the one in ``where``."""
+    found = changes(json.loads(json.dumps(old)), json.loads(json.dumps(new)))
+    if found:
+        raise CheckpointError(
+            f"{where} belongs to a run with other settings: {'; '.join(found)}. Resume with the old ones, or "
+            "start a new run in another directory"
+        )
+
+
+@jax.jit
+def _fingerprints(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """uint32 per array: sum of its bit patterns, each times an odd number made from its position. Exact,
+    hence the same on every mesh; any single changed element changes it."""
+
+    def one(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, f"uint{min(8 * x.dtype.itemsize, 32)}").astype(jnp.uint32)
+        position, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+        for axis in reversed(range(bits.ndim)):
+            index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+            position, stride = position + index * jnp.uint32(stride % 2**32), stride * bits.shape[axis]
+        return (bits * (2 * position + 1)).sum(dtype=jnp.uint32)
+
+    return {name: one(x) for name, x in leaves.items()}
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _leaves(tree).items()}
+
+
+def _fingerprint(tree: Any) -> dict[str, int]:
+    return {name: int(value) for name, value in _fingerprints(_leaves(tree)).items()}
+
+
+class _QuietOrbax(logging.Filter):
+    """Orbax logs the traceback of a failed write from each of its threads, and then raises it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "orbax" not in pathlib.PurePath(record.pathname).parts
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last.
+
+    Args:
+      directory: absolute or relative path; made when the first checkpoint is saved.
+      identity: what must not change between saving and resuming (seed, corpus, model ...); JSON-able.
+      keep: how many of the newest are kept.
+    """
+
+    def __init__(self, directory: str | pathlib.Path, identity: Mapping[str, Any], keep: int = 3):
+        self.directory = pathlib.Path(directory).absolute()
+        self.identity = dict(identity)
+        self._saving: int | None = None
+        absl = logging.getLogger("absl")
+        if not any(isinstance(f, _QuietOrbax) for f in absl.filters):
+            absl.addFilter(_QuietOrbax())
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=LatestN(keep), cleanup_tmp_directories=True
+        )
+        self._open()
+
+    def _open(self) -> None:
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self.directory, options=self._options, item_handlers=handlers)
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    # ------------------------------------------------------------------ save
+    def save(self, step: int, state: State, cursor: Mapping[str, Any]) -> None:
+        """Starts to save; returns once the state is copied from the devices. The state may be donated
+        right after. A step that is already there is left as it is.
+
+        Raises:
+          OSError: the disk is full, now or while the previous checkpoint was being written.
+        """
+        self.wait()
+        if step in self.steps():
+            return
+        meta = {"identity": self.identity, "leaves": _describe(state), "fingerprint": _fingerprint(state)}
+        items = {
+            "state": ocp.args.StandardSave(state),
+            "data": ocp.args.JsonSave(dict(cursor)),
+            "meta": ocp.args.JsonSave(meta),
+        }
+        self._saving = step
+        with self._disk_errors():
+            self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def check(self) -> None:
+        """Raises if the checkpoint being written in the background has failed."""
+        with self._disk_errors():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns when the checkpoint being written is complete; raises OSError if that failed."""
+        with self._disk_errors():
+            self._manager.wait_until_finished()
+        self._saving = None
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except UNREADABLE as error:
+            for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            kept = max((s for s in self.steps() if s != self._saving), default=None)
+            intact = "no earlier checkpoint exists" if kept is None else f"checkpoint {kept} is intact"
+            what = f"cannot save checkpoint {self._saving} in {self.directory}"
+            if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+                message = f"{what}: the disk is full; {intact}. Free some space and resume"
+                raise OSError(errno.ENOSPC, message) from None
+            raise OSError(errno.EIO, f"{what}: {str(error).splitlines()[0]}; {intact}") from error
+
+    # --------------------------------------------------------------- restore
+    def restore(self, abstract: State) -> Restored | None:
+        """The newest checkpoint that can be read, on the mesh of ``abstract``; None if there is none.
+
+        A newer one that is incomplete or damaged is named on the screen, set aside as
+        ``<step>.damaged`` and passed over.
+
+        Raises:
+          CheckpointError: the run has another identity or another shape of state, naming each
+            difference, or none of the checkpoints can be read.
+        """
+        problems: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            restored = None
+            try:
+                restored = self._restore(step, abstract)
+            except CheckpointError:
+                raise
+            except UNREADABLE as error:
+                problems[step] = str(error).splitlines()[0][:300]
+            if everywhere(restored is not None):
+                self._set_aside(problems, step)
+                return restored
+            problems.setdefault(step, "damaged on another process")
+        if problems:
+            told = "; ".join(f"{step}: {problem}" for step, problem in problems.items())
+            raise CheckpointError(f"no checkpoint in {self.directory} can be read: {told}")
+        return None
+
+    def _restore(self, step: int, abstract: State) -> Restored:
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        refuse_changes(meta["identity"], self.identity, self.directory)
+        different = changes(meta["leaves"], _describe(abstract))
+        if different:
+            shown = "; ".join(different[:5]) + (
+                f" and {len(different) - 5} more" if len(different) > 5 else ""
+            )
+            raise CheckpointError(
+                f"checkpoint {step} in {self.directory} has another shape of state: {shown}"
+            )
+        items = {"state": ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore()}
+        read = self._manager.restore(step, args=ocp.args.Composite(**items))
+        _verify(read["state"], meta)
+        return Restored(read["state"], read["data"], step)
+
+    def _set_aside(self, problems: Mapping[int, str], good: int) -> None:
+        if not problems:
+            return
+        self._manager.close()
+        if jax.process_index() == 0:
+            for step, problem in problems.items():
+                print(
+                    f"checkpoint {step} cannot be read and is set aside; going on from {good}. ({problem})",
+                    flush=True,
+                )
+                (self.directory / str(step)).rename(_unused(self.directory / f"{step}.damaged"))
+        barrier("scjax:set_aside")
+        self._open()
+
+
+def _unused(path: pathlib.Path) -> pathlib.Path:
+    number = 1
+    while path.exists():
+        number, path = number + 1, path.with_name(f"{path.name.split('.damaged')[0]}.damaged{number}")
+    return path
+
+
+def _verify(tree: Any, meta: Mapping[str, Any]) -> None:
+    saved = meta["fingerprint"]
+    wrong = [name for name, value in _fingerprint(tree).items() if saved.get(name) != value]
+    if wrong:
+        raise ValueError(f"the values read are not those saved, in {', '.join(wrong[:3])}")
+
+
+def checkpoint_steps(directory: str | pathlib.Path) -> list[int]:
+    """The complete checkpoints in a directory, oldest first."""
+    found = pathlib.Path(directory).glob("[0-9]*")
+    return sorted(int(p.name) for p in found if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists())
+
+
+def restore_variables(
+    directory: str | pathlib.Path, shapes: dict[str, Any], step: int | None = None
+) -> tuple[dict[str, Any], int]:
+    """``({"params", "buffers"}, step)`` of one checkpoint, without optimiser or cursor.
+
+    Args:
+      directory: the ``checkpoints`` directory of a run.
+      shapes: ``scjax.nn.shapes_of(model)``. Leaves may carry a sharding; those that do not go to the
+        first local device.
+      step: which checkpoint; the newest by default.
+
+    Raises:
+      FileNotFoundError: no (such) checkpoint; names those there are.
+      CheckpointError: it holds a model of another shape, or is damaged.
+    """
+    directory = pathlib.Path(directory).absolute()
+    steps = checkpoint_steps(directory)
+    if not steps or (step is not None and step not in steps):
+        there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
+        wanted = "no checkpoint" if step is None else f"no checkpoint {step}"
+        raise FileNotFoundError(errno.ENOENT, f"{wanted} in {directory}; {there}")
+    path = directory / str(steps[-1] if step is None else step)
+    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=getattr(s, "sharding", None) or one_device),
+        shapes,
+    )
+    try:
+        meta = json.loads((path / "meta" / "metadata").read_text())
+        saved = {name: leaf for name, leaf in meta["leaves"].items() if name.split("/")[0] in shapes}
+        if different := changes(saved, _describe(target)):
+            raise CheckpointError(f"checkpoint {path} holds another model: {'; '.join(different[:5])}")
+        arguments = ocp.checkpoint_utils.construct_restore_args(target)
+        restore = ocp.args.PyTreeRestore(target, restore_args=arguments, partial_restore=True)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            variables = reader.restore(path / "state", args=restore)
+        _verify(variables, meta)
+    except CheckpointError:
+        raise
+    except UNREADABLE as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+    return variables, int(path.name)

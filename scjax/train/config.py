@@ -1,0 +1,86 @@
+"""The config of a run, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from scjax.config import ConfigError
+from scjax.parallel import MeshConfig
+from scjax.train.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read: a corpus, and how :class:`scjax.loader.Loader` goes through it (see there).
+
+    ``labels`` are the label columns that batches carry; None for all that the corpus has.
+    """
+
+    corpus: str
+    batch_size: int
+    split: str = "train"
+    window: int = 1024
+    block: int | None = None
+    lanes: int | None = None
+    group_lengths: bool = False
+    n_buckets: int = 3
+    max_genes: int | None = None
+    labels: tuple[str, ...] | None = ("dataset",)
+    prefetch: int = 2
+
+    def loader(self) -> dict[str, Any]:
+        """The arguments of the loader but for corpus, seed and process."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "corpus"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """The validation split, where the corpus has one: in order, at most ``max_batches`` (None: all of
+    it) of ``batch_size`` cells (None: as in training)."""
+
+    batch_size: int | None = None
+    max_batches: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length and rhythm of a run, in steps.
+
+    Attributes:
+      steps: of the whole run.
+      accumulate: micro-batches that a batch is cut into.
+      log_every: steps averaged into one line of metrics; the last step and checkpoints end a line too.
+      eval_every, checkpoint_every: None for only at the end.
+      keep: how many checkpoints stay.
+    """
+
+    steps: int
+    accumulate: int = 1
+    log_every: int = 10
+    eval_every: int | None = None
+    checkpoint_every: int | None = None
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value is not None and value < 1:
+                raise ConfigError(f"train.{name} is {value}; it must be at least 1")
+
+    def due(self, every: int | None, step: int) -> bool:
+        """Whether something done every so many steps, and at the end, is due after ``step`` steps."""
+        return step == self.steps or (every is not None and step % every == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything a pretraining run is made from; ``model`` holds the fields of the system's own config."""
+
+    system: str
+    model: dict[str, Any]
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    validation: ValidationConfig = ValidationConfig()
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0

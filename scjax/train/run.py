@@ -1,0 +1,193 @@
+"""A run directory, which describes itself.
+
+config.json       everything the run was made from
+model.json        system, config, seed, vocabulary and corpus of the model, scjax version
+vocabulary.tsv    its genes
+metrics.jsonl     one line per interval
+tensorboard/
+checkpoints/      one directory per step kept
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+import scjax
+from scjax.config import from_config
+from scjax.genes import Vocabulary
+from scjax.models import build, resolve
+from scjax.nn.module import shapes_of
+from scjax.parallel import barrier
+from scjax.train.checkpoint import refuse_changes, restore_variables
+
+FORMAT = "scjax-run"
+VERSION = 1
+
+
+def describe(
+    system: str, config: Mapping[str, Any], vocabulary: Vocabulary, *, corpus: str | None, seed: int
+) -> dict[str, Any]:
+    """The content of ``model.json``.
+
+    Args:
+      system: name of the system, see :func:`scjax.models.resolve`.
+      config: fields of its config class; written out with the defaults filled in.
+      vocabulary: genes of the model.
+      corpus: id of the corpus manifest that it is trained on.
+      seed: of the run.
+    """
+    resolved: Any = from_config(resolve(system)[1], config, where="config.model")
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "scjax": scjax.__version__,
+        "system": system,
+        "model": json.loads(json.dumps(dataclasses.asdict(resolved))),
+        "seed": seed,
+        "corpus": corpus,
+        "vocabulary": {"hash": vocabulary.hash, "n_genes": len(vocabulary)},
+    }
+
+
+def identity(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of ``model.json`` that must be the same for a run to be resumed."""
+    return {name: model[name] for name in ("system", "model", "seed", "corpus", "vocabulary")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run directory.
+
+    Attributes:
+      path: where it is.
+      model: content of ``model.json``.
+    """
+
+    path: pathlib.Path
+    model: dict[str, Any]
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> pathlib.Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The genes of the model; ValueError if the file is not the one the run was made with."""
+        vocabulary = Vocabulary.from_tsv(self.path / "vocabulary.tsv")
+        if vocabulary.hash != self.model["vocabulary"]["hash"]:
+            raise ValueError(f"{self.path / 'vocabulary.tsv'} has been changed since the run was made")
+        return vocabulary
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Content of ``config.json``."""
+        return json.loads((self.path / "config.json").read_text())
+
+
+def read_run(path: str | pathlib.Path) -> Run:
+    """An existing run directory.
+
+    Raises:
+      FileNotFoundError: there is no ``model.json``.
+      ValueError: it is not that of a run, or of a version this scjax cannot read.
+    """
+    path = pathlib.Path(path)
+    file = path / "model.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{path} is not a run directory: it has no model.json")
+    try:
+        model = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(model, dict) or model.get("format") != FORMAT:
+        raise ValueError(f"{file} is not that of a scjax run: its format is not {FORMAT!r}")
+    if model.get("version") != VERSION:
+        raise ValueError(f"{file} has version {model.get('version')}; this scjax reads version {VERSION}")
+    return Run(path, model)
+
+
+def read_model(path: str | pathlib.Path, step: int | None = None) -> dict[str, Any]:
+    """What a trained model is made of: its system, config, vocabulary, params, buffers, step and path.
+
+    Args:
+      path: a run directory, or one checkpoint in it (``RUN/checkpoints/STEP``).
+      step: which checkpoint; the newest by default.
+
+    Raises:
+      FileNotFoundError: no run, or no such checkpoint; names those there are.
+      CheckpointError: the checkpoint is damaged.
+    """
+    path = pathlib.Path(path)
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        path, step = path.parent.parent, int(path.name)
+    run = read_run(path)
+    vocabulary = run.vocabulary
+    shapes = shapes_of(build(run.model["system"], run.model["model"], len(vocabulary), run.model["seed"]))
+    variables, step = restore_variables(run.checkpoints, shapes, step)
+    return {
+        "system": run.model["system"],
+        "config": run.model["model"],
+        "vocabulary": vocabulary,
+        **variables,
+        "step": step,
+        "path": path,
+    }
+
+
+def open_run(
+    path: str | pathlib.Path, config: Mapping[str, Any], model: Mapping[str, Any], vocabulary: Vocabulary
+) -> Run:
+    """Makes a run directory, or opens the one that is there to go on with it.
+
+    Every process of a run calls this; process 0 writes.
+
+    Args:
+      path: the directory.
+      config: JSON-able; may differ from that of the run so far, for instance in its number of steps.
+      model: from :func:`describe`; its identity may not differ.
+      vocabulary: genes of the model.
+
+    Raises:
+      FileExistsError: the directory holds something that is not a run, or is a file.
+      CheckpointError: it holds a run of another seed, corpus, model or vocabulary; names what differs.
+    """
+    path = pathlib.Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file; a run needs a directory")
+    if (path / "model.json").exists():
+        refuse_changes(identity(read_run(path).model), identity(model), path)
+    elif path.exists():
+        others = sorted(p.name for p in path.iterdir() if not p.name.endswith(".partial"))
+        if others:
+            shown = ", ".join(others[:5]) + (" ..." if len(others) > 5 else "")
+            raise FileExistsError(
+                f"{path} is not a run directory but holds {shown}; choose another directory"
+            )
+    barrier("scjax:open_run:checked")
+    if jax.process_index() == 0:
+        path.mkdir(parents=True, exist_ok=True)
+        # model.json comes first: it marks the directory as a run from then on
+        write_text(path / "model.json", json.dumps(model, indent=2) + "\n")
+        vocabulary.to_tsv(path / ".vocabulary.tsv.partial")
+        os.replace(path / ".vocabulary.tsv.partial", path / "vocabulary.tsv")
+        write_text(path / "config.json", json.dumps(config, indent=2) + "\n")
+    barrier("scjax:open_run:written")
+    return read_run(path)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
