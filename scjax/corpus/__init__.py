@@ -1,0 +1,8 @@
+"""The corpus: raw counts of many studies on disk, once, for every model. No JAX here."""
+
+from scjax.corpus.build import build_corpus
+from scjax.corpus.corpus import Corpus, Part
+from scjax.corpus.counts import CountsError, validate_counts
+from scjax.corpus.source import Source, open_source
+
+__all__ = ["Corpus", "CountsError", "Part", "Source", "build_corpus", "open_source", "validate_counts"]

@@ -208,7 +208,7 @@ class Vocabulary:
 
     @classmethod
     def from_tsv(cls, path: str | pathlib.Path) -> Vocabulary:
-        """Reads a table with a header: ``gene_id``, any of the other fields; further columns are left aside."""
+        """Reads a table with a header: ``gene_id`` and any other fields; further columns are left aside."""
         text = pathlib.Path(path).read_text(encoding="utf-8")
         head, *rows = (line.split("\t") for line in text.splitlines())
         if "gene_id" not in head:

@@ -1,0 +1,242 @@
+"""Reading a corpus: its parts, its labels, any of its cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import zarr
+from scipy import sparse
+
+from scjax.corpus.manifest import read_manifest
+from scjax.genes import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One immutable piece of a corpus: at most ``part_cells`` cells of one split.
+
+    Attributes:
+      id: name of the part, unique in the corpus.
+      path: its AnnData zarr group.
+      index: folder of its index arrays.
+      first_row: global row number of its first cell.
+      n_cells, nnz, max_nnz: cells, expressed (cell, gene) pairs, most expressed genes in a cell.
+      split: "train" or "validation".
+      index_dtype, x_dtype: of X/indices and X/data.
+      inner: elements per inner chunk of both arrays.
+    """
+
+    id: str
+    path: pathlib.Path
+    index: pathlib.Path
+    first_row: int
+    n_cells: int
+    nnz: int
+    max_nnz: int
+    split: str
+    index_dtype: np.dtype
+    x_dtype: np.dtype
+    inner: int
+
+    @functools.cached_property
+    def nnz_per_cell(self) -> np.ndarray:
+        """uint32 [n_cells], expressed genes of each cell; memory-mapped."""
+        return np.load(self.index / "nnz.npy", mmap_mode="r")
+
+    @functools.cached_property
+    def total(self) -> np.ndarray:
+        """float64 [n_cells], total counts of each cell in its source, over all genes; memory-mapped."""
+        return np.load(self.index / "total.npy", mmap_mode="r")
+
+    @functools.cached_property
+    def blocks(self) -> np.ndarray:
+        """int64 [n_blocks + 1], element at which each block of 1,024 rows starts; the last is ``nnz``."""
+        return np.load(self.index / "blocks.npy", mmap_mode="r")
+
+    def codes(self, column: str) -> np.ndarray:
+        """int32 [n_cells], codes into ``Corpus.columns[column]``, -1 where unknown; memory-mapped."""
+        path = self.index / "codes" / f"{column}.npy"
+        if not path.exists():
+            there = sorted(p.stem for p in path.parent.glob("*.npy"))
+            raise KeyError(f"no label column {column!r}; there are: {', '.join(there)}")
+        return np.load(path, mmap_mode="r")
+
+
+class Corpus:
+    """A set of immutable parts with one vocabulary. Rows are numbered over the parts in manifest order.
+
+    Use ``Corpus.open(path)``; opening costs the same whatever the number of cells.
+    """
+
+    def __init__(self, path: pathlib.Path, manifest_id: str, manifest: dict[str, Any]) -> None:
+        self.path, self.manifest_id, self.manifest = path, manifest_id, manifest
+        parts = []
+        first = 0
+        for entry in manifest["parts"]:
+            parts.append(
+                Part(
+                    id=entry["id"],
+                    path=path / "parts" / f"{entry['id']}.zarr",
+                    index=path / "index" / entry["id"],
+                    first_row=first,
+                    n_cells=entry["n_cells"],
+                    nnz=entry["nnz"],
+                    max_nnz=entry["max_nnz"],
+                    split=entry["split"],
+                    index_dtype=np.dtype(entry["index_dtype"]),
+                    x_dtype=np.dtype(entry["x_dtype"]),
+                    inner=manifest["inner"],
+                )
+            )
+            first += entry["n_cells"]
+        self.parts: tuple[Part, ...] = tuple(parts)
+        self._len = first
+
+    @classmethod
+    def open(cls, path: str | pathlib.Path, manifest: str | None = None) -> Corpus:
+        """Opens the corpus in a folder, at its present state or at an earlier manifest.
+
+        Raises:
+          FileNotFoundError: no complete corpus there, or no such manifest.
+          ValueError: damaged, or of an unknown format version.
+        """
+        root = pathlib.Path(path)
+        manifest_id, content = read_manifest(root, manifest)
+        return cls(root, manifest_id, content)
+
+    def __len__(self) -> int:
+        return self._len
+
+    def __repr__(self) -> str:
+        size = (
+            f"{len(self):,} cells, {self.manifest['vocabulary']['n_genes']:,} genes, {len(self.parts)} parts"
+        )
+        return f"Corpus({str(self.path)!r}: {size}, manifest {self.manifest_id})"
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The genes; a gene's position is its id in the counts."""
+        vocabulary = Vocabulary.from_tsv(self.path / self.manifest["vocabulary"]["file"])
+        if vocabulary.hash != self.manifest["vocabulary"]["hash"]:
+            raise ValueError(
+                f"{self.path / self.manifest['vocabulary']['file']}: damaged: the vocabulary has hash "
+                f"{vocabulary.short_hash}, the manifest says {self.manifest['vocabulary']['hash'][:12]}"
+            )
+        return vocabulary
+
+    @property
+    def columns(self) -> dict[str, list[str]]:
+        """Label columns and their categories; "dataset" is always among them."""
+        return self.manifest["columns"]
+
+    @property
+    def datasets(self) -> list[str]:
+        """Names of the data sets, in the order of their codes."""
+        return [entry["name"] for entry in self.manifest["datasets"]]
+
+    @property
+    def obs(self) -> pd.DataFrame:
+        """Label columns of all cells as categoricals; the index is the global row number."""
+        table = {}
+        for column, categories in self.columns.items():
+            codes = np.concatenate([part.codes(column) for part in self.parts])
+            table[column] = pd.Categorical.from_codes(codes, categories=categories)
+        return pd.DataFrame(table)
+
+    def split(self, name: str) -> tuple[Part, ...]:
+        """The parts of "train" or "validation"."""
+        if name not in ("train", "validation"):
+            raise ValueError(f"split {name!r}: there are train and validation")
+        return tuple(part for part in self.parts if part.split == name)
+
+    def measured(self, dataset: str | int) -> np.ndarray:
+        """bool [n_genes], genes that a data set measured: a gene it did not measure is absent, not zero."""
+        entries = self.manifest["datasets"]
+        if isinstance(dataset, str):
+            if dataset not in self.datasets:
+                raise KeyError(f"no data set {dataset!r}; there are: {', '.join(self.datasets)}")
+            dataset = self.datasets.index(dataset)
+        packed = np.load(self.path / entries[dataset]["measured"])
+        n_genes = self.manifest["vocabulary"]["n_genes"]
+        return np.unpackbits(packed, count=n_genes, bitorder="little").astype(bool)
+
+    def measured_table(self) -> np.ndarray:
+        """bool [n_datasets, n_genes], ``measured`` of every data set."""
+        return np.stack([self.measured(i) for i in range(len(self.manifest["datasets"]))])
+
+    def read(self, rows: Any) -> ad.AnnData:
+        """Reads cells by global row number, in the order given; a row may be asked for more than once.
+
+        Args:
+          rows: int [n], or a slice, or a boolean mask over all cells.
+
+        Returns:
+          AnnData with raw counts in X (CSR), the sources' obs columns and the vocabulary as var.
+
+        Raises:
+          IndexError: a row outside 0 .. len - 1.
+        """
+        if isinstance(rows, slice):
+            rows = np.arange(*rows.indices(len(self)))
+        rows = np.atleast_1d(np.asarray(rows))
+        if rows.dtype == bool:
+            if len(rows) != len(self):
+                raise IndexError(f"a mask of {len(rows)} over a corpus of {len(self)} cells")
+            rows = np.flatnonzero(rows)
+        rows = rows.astype(np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            bad = int(rows[(rows < 0) | (rows >= len(self))][0])
+            raise IndexError(f"row {bad}: the corpus has rows 0 to {len(self) - 1}")
+        wanted, order = np.unique(rows, return_inverse=True)
+        firsts = np.array([part.first_row for part in self.parts] + [len(self)])
+        cuts = np.searchsorted(wanted, firsts)
+        pieces = [
+            _read_part(part, wanted[low:high] - part.first_row)
+            for part, low, high in zip(self.parts, cuts[:-1], cuts[1:], strict=True)
+            if high > low
+        ]
+        if not pieces:
+            pieces = [_read_part(self.parts[0], wanted)]
+        x = sparse.vstack([piece[0] for piece in pieces], format="csr")
+        obs = pd.concat([piece[1] for piece in pieces])
+        if len(order) != len(wanted) or (order[1:] < order[:-1]).any():
+            x, obs = x[order], obs.iloc[order]
+        if len(wanted) != len(rows):
+            obs.index = pd.Index([f"{name}#{i}" for i, name in enumerate(obs.index)])
+        return ad.AnnData(x, obs=obs, var=self._var)
+
+    @functools.cached_property
+    def _var(self) -> pd.DataFrame:
+        fields = {name: list(getattr(self.vocabulary, name)) for name in ("symbol", "species", "biotype")}
+        return pd.DataFrame(fields, index=self.vocabulary.ids)
+
+
+def _read_part(part: Part, rows: np.ndarray) -> tuple[sparse.csr_matrix, pd.DataFrame]:
+    """Counts and obs of sorted, distinct rows of one part."""
+    indptr = np.zeros(part.n_cells + 1, np.int64)
+    np.cumsum(part.nnz_per_cell, out=indptr[1:])
+    group = zarr.open_group(part.path, mode="r")
+    # Rows closer than an inner chunk are read together: each chunk is then decoded about once.
+    breaks = np.flatnonzero(indptr[rows[1:]] - indptr[rows[:-1] + 1] > part.inner) + 1
+    runs = [run for run in np.split(rows, breaks) if len(run)]
+    n_genes = group["X"].attrs["shape"][1]
+    matrices = [sparse.csr_matrix((0, n_genes), dtype=part.x_dtype)]
+    for run in runs:
+        low, high = indptr[run[0]], indptr[run[-1] + 1]
+        matrix = sparse.csr_matrix(
+            (
+                group["X/data"][low:high],
+                group["X/indices"][low:high].astype(np.int32),
+                indptr[run[0] : run[-1] + 2] - low,
+            ),
+            shape=(run[-1] + 1 - run[0], n_genes),
+        )
+        matrices.append(matrix[run - run[0]])
+    obs = ad.io.read_elem(group["obs"])
+    return sparse.vstack(matrices, format="csr"), obs.iloc[rows]

@@ -1,0 +1,107 @@
+"""What a corpus says of itself: the manifest, its objects with their checksums, and the commit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import google_crc32c
+
+FORMAT = "scjax-corpus"
+VERSION = "1.0"
+
+
+def hash_object(path: pathlib.Path) -> dict[str, Any]:
+    """{"bytes", "sha256", "crc32c"} of one file."""
+    sha, crc, size = hashlib.sha256(), 0, 0
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            sha.update(piece)
+            crc = google_crc32c.extend(crc, piece)
+            size += len(piece)
+    return {"bytes": size, "sha256": sha.hexdigest(), "crc32c": f"{crc:08x}"}
+
+
+def hash_tree(root: pathlib.Path, *folders: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Path relative to ``root`` (with "/") -> checksums, for every file under ``folders``, sorted."""
+    files = sorted(p.relative_to(root).as_posix() for f in folders for p in f.rglob("*") if p.is_file())
+    return {name: hash_object(root / name) for name in files}
+
+
+def digest(content: Any) -> str:
+    """12 hex digits of the sha256 of bytes, or of a table that JSON can hold."""
+    if not isinstance(content, bytes):
+        content = json.dumps(content, sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def encode(manifest: dict[str, Any]) -> tuple[str, bytes]:
+    """(manifest id, the bytes of its file). The id is the start of the sha256 of the bytes."""
+    content = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+    return digest(content), content
+
+
+def commit(root: pathlib.Path, manifest_id: str) -> None:
+    """Makes a manifest the corpus's present state: HEAD changes by one atomic rename."""
+    temporary = root / "manifests" / "HEAD"
+    write_durably(temporary, f"{manifest_id}\n".encode())
+    os.replace(temporary, root / "HEAD")
+    sync_folder(root)
+
+
+def write_durably(path: pathlib.Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: pathlib.Path) -> None:
+    """Makes new names in a folder survive a power cut (a no-op where folders cannot be opened)."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read_manifest(root: pathlib.Path, manifest_id: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Reads the manifest that HEAD names, or another one of the same corpus.
+
+    Raises:
+      FileNotFoundError: no corpus at ``root``, or no such manifest (those there are are listed).
+      ValueError: the manifest is damaged, or of a format version that this scjax does not know.
+    """
+    if manifest_id is None:
+        head = root / "HEAD"
+        if not head.is_file():
+            state = (
+                "no such folder"
+                if not root.exists()
+                else "a build was interrupted here, run it again"
+                if (root / ".build").exists()
+                else "no file HEAD, so no complete corpus"
+            )
+            raise FileNotFoundError(f"{root}: {state}")
+        manifest_id = head.read_text().strip()
+    path = root / "manifests" / f"{manifest_id}.json"
+    if not path.is_file():
+        there = sorted(p.stem for p in root.glob("manifests/*.json"))
+        raise FileNotFoundError(
+            f"{root}: no manifest {manifest_id!r}; there are: {', '.join(there) or 'none'}"
+        )
+    content = path.read_bytes()
+    if digest(content) != manifest_id:
+        raise ValueError(f"{path}: damaged: its content does not have the hash that its name states")
+    manifest = json.loads(content)
+    version = str(manifest.get("version", ""))
+    if manifest.get("format") != FORMAT or version.split(".")[0] != VERSION.split(".")[0]:
+        raise ValueError(
+            f"{path}: format {manifest.get('format')!r} version {version!r}; this scjax reads {FORMAT} "
+            f"{VERSION.split('.')[0]}.x: upgrade scjax or build the corpus again"
+        )
+    return manifest_id, manifest
