@@ -1,4 +1,4 @@
-"""The shard reader against zarr-python: the same elements for every codec, and a clear error for every damage."""
+"""The shard reader against zarr-python: the same elements for every codec, a clear error for every damage."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -14,16 +14,16 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from scjax.corpus.reader import CorruptDataError, PartReader, ShardCache, ShardedArray
 
-BLOSC = {
-    "lz4": lambda dtype: BloscCodec(cname="lz4", clevel=3, shuffle="shuffle", typesize=np.dtype(dtype).itemsize),
-    "bits": lambda dtype: BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=np.dtype(dtype).itemsize),
-    "zstd": lambda dtype: BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=np.dtype(dtype).itemsize),
-}
+BLOSC = {"lz4": ("lz4", 3, "shuffle"), "bits": ("lz4", 5, "bitshuffle"), "zstd": ("zstd", 1, "shuffle")}
 
 
 def write(path, values, *, chunk=64, per_shard=4, blosc="lz4", checksum=True, fill_value=0):
-    compressors = [BLOSC[blosc](values.dtype)] if blosc else []
-    compressors += [Crc32cCodec()] if checksum else []
+    compressors: list = []
+    if blosc:
+        cname, level, shuffle = BLOSC[blosc]
+        compressors += [BloscCodec(cname=cname, clevel=level, shuffle=shuffle, typesize=values.itemsize)]
+    if checksum:
+        compressors += [Crc32cCodec()]
     array = zarr.create_array(
         path, shape=values.shape, dtype=values.dtype, chunks=(chunk,), shards=(chunk * per_shard,),
         compressors=compressors or None, fill_value=fill_value,

@@ -16,6 +16,7 @@ import collections
 import json
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from pathlib import Path
@@ -53,7 +54,7 @@ def _pread(fd: int, out: np.ndarray, offset: int) -> int:
     """Fills ``out`` (uint8) from a file; returns the bytes read, fewer only at the end of the file."""
     done = 0
     while done < out.size:
-        n = os.preadv(fd, [out[done:]], offset + done)
+        n = os.preadv(fd, [out[done:].data], offset + done)
         if n == 0:
             break
         done += n
@@ -68,6 +69,7 @@ class _Shard:
             self.fd = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise CorruptDataError(f"{where}: the file {path} is missing") from None
+        weakref.finalize(self, os.close, self.fd).atexit = False
         size = os.fstat(self.fd).st_size
         index = np.empty(16 * n_chunks + 4 * index_checksum, np.uint8)
         if size < index.size or _pread(self.fd, index, size - index.size) < index.size:
@@ -81,10 +83,6 @@ class _Shard:
                 raise CorruptDataError(
                     f"{where}, chunk {chunk}: lies beyond the end of {path} ({size} bytes)"
                 )
-
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
 
 
 class ShardCache:
@@ -289,16 +287,17 @@ class PartReader:
         Raises:
           CorruptDataError: names part, array, shard and chunk.
         """
-        jobs, at = [], 0
+        jobs: list[tuple[ShardedArray, int, int, np.ndarray]] = []
+        at = 0
         for low, high in spans:
             to = slice(at, at + high - low)
             jobs += [(self.indices, low, high, indices[to]), (self.data, low, high, data[to])]
             at += high - low
         if pool is None:
-            for array, *job in jobs:
-                array.read(*job)
+            for array, low, high, out in jobs:
+                array.read(low, high, out)
             return
-        reads = [pool.submit(array.read, *job) for array, *job in jobs]
+        reads = [pool.submit(array.read, low, high, out) for array, low, high, out in jobs]
         errors = [read.exception() for read in reads]  # waits for all: none may write after this returns
         for error in errors:
             if error is not None:

@@ -1,0 +1,224 @@
+"""The loader: what a training run asks for, checked, and turned into an iterator of batches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scjax.corpus.reader import PartReader, ShardCache
+from scjax.loader.buckets import batch_lengths, choose_lengths, round_up
+from scjax.loader.order import Order, default_block, default_lanes
+
+if TYPE_CHECKING:
+    import grain
+
+    from scjax.corpus import Corpus
+    from scjax.genes import Vocabulary
+
+STATE_FORMAT = "scjax-loader-1"
+_SAMPLE = 2**18  # cells whose lengths stand for the corpus when bucket lengths are chosen
+
+
+class Loader:
+    """Batches of a corpus in an order that depends on nothing but the corpus, the seed and the step.
+
+    ``iter(loader)`` gives a ``grain.DatasetIterator`` of ``CellBatch`` of numpy arrays: the rows of the
+    global batch that belong to this process. Every cell of the split comes exactly once an epoch; the last
+    batch of an epoch is filled up with rows of weight 0. ``get_state`` of the iterator is a small dict that
+    JSON can hold, the same on every process, and says where the *next* batch comes from; ``set_state``
+    continues there, also on another number of processes, at the cost of one window per lane.
+
+    Attributes:
+      batch_size: rows of the global batch.
+      local_batch_size: rows of this process's share of it.
+      steps_per_epoch: batches that hold every cell once.
+      bucket_lengths: the values L takes. All processes use the same one at the same step.
+      labels: names of the label columns in a batch.
+      order: the ``Order`` of the rows.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        split: str = "train",
+        lanes: int | None = None,
+        window: int = 1024,
+        block: int | None = None,
+        group_lengths: bool = False,
+        max_genes: int | None = None,
+        n_buckets: int = 3,
+        labels: Sequence[str] | None = None,
+        shuffle: bool = True,
+        epochs: int | None = None,
+        vocabulary: Vocabulary | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+        prefetch: int = 2,
+    ):
+        """Args:
+        corpus: where the cells are.
+        batch_size: rows of a global batch, over all processes.
+        seed: decides the order, and which genes ``max_genes`` keeps.
+        split: "train" or "validation".
+        lanes: number of virtual lanes, a multiple of ``process_count`` and a divisor of ``batch_size``. By
+          default the largest power of two, at most 256, that divides ``batch_size``. More lanes mix cells
+          better and need more memory.
+        window: rows of each lane that are held and shuffled in memory. Memory is about lanes x window x
+          genes per cell x 4 bytes over all processes.
+        block: neighbouring rows that are read together; by default 1024, less for small corpora.
+        group_lengths: put cells with about as many expressed genes into the same batch, which saves
+          padding. Which lengths come when is random.
+        max_genes: cells with more expressed genes keep a uniform random subset of this many, another one
+          each epoch; ``depth`` stays that of the whole cell.
+        n_buckets: into how many different lengths L batches are padded, at most.
+        labels: columns to put into ``CellBatch.label``; None means all that the corpus has.
+        shuffle: False visits the rows of each lane as they are stored.
+        epochs: stop after this many; None goes on for ever.
+        vocabulary: give genes the ids of this vocabulary rather than those of the corpus; genes that it
+          does not have are dropped, and still count in ``depth``.
+        process_index, process_count: which share of each batch is wanted.
+        prefetch: batches to prepare in the background; 0 prepares each when asked.
+
+        Raises:
+          ValueError: sizes that do not divide each other, a split without cells; names the numbers.
+          KeyError: a label column that the corpus does not have; lists those it has.
+        """
+        self.corpus, self.batch_size, self.seed, self.split = corpus, int(batch_size), int(seed), split
+        self.max_genes, self.epochs, self.prefetch = max_genes, epochs, prefetch
+        self.process_index, self.process_count = process_index, process_count
+        for name, value in (("batch_size", batch_size), ("max_genes", max_genes), ("epochs", epochs)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        self.parts = tuple(part for part in corpus.split(split) if part.n_cells)
+        if not self.parts:
+            raise ValueError(
+                f"the corpus {corpus.path} has no cells in split {split!r}; "
+                "the share of validation cells is chosen when a corpus is built"
+            )
+        last = self.parts[-1]
+        if last.first_row + last.n_cells > 2**32:
+            raise ValueError(f"{corpus.path}: has more cells than row numbers of 32 bits can tell apart")
+
+        n_rows = sum(part.n_cells for part in self.parts)
+        lanes = default_lanes(self.batch_size) if lanes is None else int(lanes)
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
+        if lanes % process_count:
+            raise ValueError(
+                f"process_count={process_count} does not divide lanes={lanes} "
+                f"(batch_size={batch_size}): every process must own as many lanes"
+            )
+        self.order = Order(
+            parts=tuple((part.first_row, part.n_cells) for part in self.parts),
+            batch_size=self.batch_size,
+            lanes=lanes,
+            window=int(window),
+            block=default_block(n_rows, lanes) if block is None else int(block),
+            seed=self.seed,
+            salt=f"{corpus.manifest_id}/{split}",
+            shuffle=bool(shuffle),
+            group_lengths=bool(group_lengths),
+        )
+        each = lanes // process_count
+        self.lanes_here = slice(process_index * each, (process_index + 1) * each)
+        self.local_batch_size = self.batch_size // process_count
+        self.steps_per_epoch = self.order.steps_per_epoch
+
+        known = list(corpus.columns)
+        self.labels = tuple(known if labels is None else labels)
+        for name in self.labels:
+            if name not in known:
+                raise KeyError(f"the corpus {corpus.path} has no label column {name!r}; it has {known}")
+
+        self.lut, self._vocabulary_hash = None, corpus.vocabulary.short_hash
+        if vocabulary is not None and vocabulary.hash != corpus.vocabulary.hash:
+            self.lut = np.ascontiguousarray(vocabulary.match(corpus.vocabulary.ids).ids, np.int32)
+            self._vocabulary_hash = vocabulary.short_hash
+            if not (self.lut >= 0).any():
+                raise ValueError("none of the genes of the corpus is in the given vocabulary")
+
+        top = max(part.max_nnz for part in self.parts)
+        sample = self._sample_lengths()
+        if max_genes is not None and max_genes < top:
+            top, sample = max_genes, np.minimum(sample, max_genes)
+        else:
+            top = round_up(top)
+        self.bucket_lengths = choose_lengths(batch_lengths(sample, self.order), top, n_buckets)
+
+        shards = ShardCache()
+        self.readers = [PartReader(part, shards) for part in self.parts]
+        indices = np.result_type(*(part.index_dtype for part in self.parts))
+        counts = {np.dtype(part.x_dtype) for part in self.parts}
+        floats = any(dtype.kind == "f" for dtype in counts)
+        self.count_dtypes = (indices, np.dtype(np.float32) if floats else np.result_type(*counts))
+
+    def _sample_lengths(self) -> np.ndarray:
+        """Expressed genes of some cells of every part. Cells are shuffled on disk: any are as good."""
+        share = -(-_SAMPLE // len(self.parts))
+        return np.concatenate([part.nnz_per_cell[:share] for part in self.parts]).astype(np.int64)
+
+    def __iter__(self) -> grain.DatasetIterator:
+        from scjax.loader.iterator import iterate  # grain imports JAX
+
+        return iterate(self)
+
+    # ---- the cursor
+
+    @functools.cached_property
+    def _recipe(self) -> dict[str, Any]:
+        """All that decides what is in the batch of a given epoch and step."""
+        order = self.order
+        return {
+            "format": STATE_FORMAT,
+            "manifest": self.corpus.manifest_id,
+            "split": self.split,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "lanes": order.lanes,
+            "window": order.steps_per_window * order.rows_per_lane,
+            "block": order.block,
+            "shuffle": order.shuffle,
+            "group_lengths": order.group_lengths,
+            "max_genes": self.max_genes,
+            "bucket_lengths": list(self.bucket_lengths),
+            "vocabulary": self._vocabulary_hash,
+        }
+
+    def state(self, epoch: int, step: int) -> dict[str, Any]:
+        """The cursor that stands before a step: JSON-able, equal on all processes."""
+        return {**self._recipe, "epoch": epoch, "step": step}
+
+    def position(self, state: dict[str, Any]) -> tuple[int, int]:
+        """(epoch, step) of a cursor.
+
+        Raises:
+          ValueError: the cursor belongs to another corpus, seed, batch size, ...; names each difference.
+        """
+        if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+            raise ValueError(f"not a data cursor of this version ({STATE_FORMAT}): {state!r}")
+        changed = [
+            f"{name} was {state.get(name)!r} and is {value!r}"
+            for name, value in self._recipe.items()
+            if state.get(name) != value
+        ]
+        if changed:
+            raise ValueError(
+                "the data cursor was saved with other settings, so the run would not continue where it "
+                "stopped: " + "; ".join(changed)
+            )
+        epoch, step = state.get("epoch"), state.get("step")
+        if not isinstance(epoch, int) or not isinstance(step, int) or epoch < 0 or step < 0:
+            raise ValueError(
+                f"the data cursor has epoch {epoch!r} and step {step!r}; both are numbers from 0 up"
+            )
+        if step >= self.steps_per_epoch:
+            raise ValueError(
+                f"the data cursor stands at step {step} of an epoch of {self.steps_per_epoch} steps"
+            )
+        return epoch, step
