@@ -10,11 +10,17 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pandas as pd
+import rich.console
 import zarr
 from scipy import sparse
 
 from scjax.corpus.manifest import read_manifest
+from scjax.corpus.reader import PartReader
+from scjax.corpus.summary import summarise
+from scjax.corpus.verify import verify
 from scjax.genes import Vocabulary
+
+RUN_ELEMENTS = 2**24  # stored values that Corpus.read holds of one part at a time, beside what it returns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +217,18 @@ class Corpus:
             obs.index = pd.Index([f"{name}#{i}" for i, name in enumerate(obs.index)])
         return ad.AnnData(x, obs=obs, var=self._var)
 
+    def info(self) -> rich.console.Group:
+        """Data sets, cells, genes, labels and bytes as tables to print with rich."""
+        return summarise(self)
+
+    def verify(self, progress: bool = True) -> list[str]:
+        """Checks every object against its checksums and the counts against what a corpus promises.
+
+        Returns:
+          What is wrong, one line each; empty if all is well.
+        """
+        return verify(self, progress)
+
     @functools.cached_property
     def _var(self) -> pd.DataFrame:
         fields = {name: list(getattr(self.vocabulary, name)) for name in ("symbol", "species", "biotype")}
@@ -221,22 +239,21 @@ def _read_part(part: Part, rows: np.ndarray) -> tuple[sparse.csr_matrix, pd.Data
     """Counts and obs of sorted, distinct rows of one part."""
     indptr = np.zeros(part.n_cells + 1, np.int64)
     np.cumsum(part.nnz_per_cell, out=indptr[1:])
-    group = zarr.open_group(part.path, mode="r")
-    # Rows closer than an inner chunk are read together: each chunk is then decoded about once.
-    breaks = np.flatnonzero(indptr[rows[1:]] - indptr[rows[:-1] + 1] > part.inner) + 1
-    runs = [run for run in np.split(rows, breaks) if len(run)]
+    reader = PartReader(part)
+    group: Any = zarr.open_group(part.path, mode="r")
     n_genes = group["X"].attrs["shape"][1]
+    # Rows nearer than an inner chunk are read as one run, so that each chunk is decoded about once; a run
+    # has a bounded length, so that memory is.
+    far = indptr[rows[1:]] - indptr[rows[:-1] + 1] > part.inner
+    far |= np.diff(indptr[rows] // RUN_ELEMENTS) > 0
     matrices = [sparse.csr_matrix((0, n_genes), dtype=part.x_dtype)]
-    for run in runs:
-        low, high = indptr[run[0]], indptr[run[-1] + 1]
-        matrix = sparse.csr_matrix(
-            (
-                group["X/data"][low:high],
-                group["X/indices"][low:high].astype(np.int32),
-                indptr[run[0] : run[-1] + 2] - low,
-            ),
-            shape=(run[-1] + 1 - run[0], n_genes),
-        )
-        matrices.append(matrix[run - run[0]])
+    for run in np.split(rows, np.flatnonzero(far) + 1):
+        if len(run):
+            low, high = int(indptr[run[0]]), int(indptr[run[-1] + 1])
+            indices, data = np.empty(high - low, np.int32), np.empty(high - low, part.x_dtype)
+            reader.read_spans([(low, high)], indices, data)
+            span = data, indices, indptr[run[0] : run[-1] + 2] - low
+            matrix = sparse.csr_matrix(span, shape=(run[-1] + 1 - run[0], n_genes))
+            matrices.append(matrix[run - run[0]])
     obs = ad.io.read_elem(group["obs"])
     return sparse.vstack(matrices, format="csr"), obs.iloc[rows]

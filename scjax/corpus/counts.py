@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,7 @@ def _first(x: Any, bad: np.ndarray) -> tuple[int, int, float]:
 
 def _looks_like(x: Any) -> str:
     """What made these numbers: undoing it gives whole multiples of the smallest value of each cell."""
-    undo = {
+    undo: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "the data look log-normalised (log1p of scaled counts)": np.expm1,
         "the data look log-normalised (base 2)": lambda v: np.exp2(v) - 1,
         "the data look normalised by library size": lambda v: v,

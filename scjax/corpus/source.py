@@ -8,7 +8,7 @@ import errno
 import hashlib
 import pathlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import anndata as ad
@@ -19,7 +19,7 @@ from scipy import sparse
 
 from scjax.corpus.counts import CountsError, validate_counts
 
-CHUNK_ELEMENTS = 2**24  # stored values held in memory at a time
+CHUNK_ELEMENTS = 2**23  # stored values held in memory at a time
 
 
 class Source(abc.ABC):
@@ -63,12 +63,14 @@ class Source(abc.ABC):
 
     def check_head(self) -> None:
         """A quick look, before hours of reading: raises CountsError if the first values are no counts."""
-        if not _whole(self._heads()[self.layer]):
-            next(self.counts())
+        head = self._heads().get(self.layer)
+        if head is None or not _whole(head):
+            with contextlib.closing(self.counts()) as counts:
+                next(counts)
 
     def counts(
         self, *, allow_non_integer: bool = False, scratch: pathlib.Path | None = None
-    ) -> Iterator[tuple[int, sparse.csr_matrix]]:
+    ) -> Generator[tuple[int, sparse.csr_matrix], None, None]:
         """Yields (first row, counts of a run of rows), checked, indices sorted, no stored zeros.
 
         Args:
@@ -131,6 +133,12 @@ def _check_shape(where: str, shape: Sequence[int], obs: int, var: int) -> tuple[
     return obs, var
 
 
+def _plain(values: np.ndarray) -> np.ndarray:
+    """Values of a type that scipy can work with: native byte order, no half floats, no booleans."""
+    same = {"float16": np.float32, "bool": np.uint8}.get(values.dtype.name, values.dtype.newbyteorder("="))
+    return values.astype(same, copy=False)
+
+
 def _whole(values: np.ndarray) -> bool:
     if values.dtype.kind not in "biuf":
         return False
@@ -191,7 +199,9 @@ class MemorySource(Source):
         for start in range(0, self.shape[0], step):
             rows = matrix[start : start + step]
             rows = rows.compute() if hasattr(rows, "compute") else rows
-            yield sparse.csr_matrix(rows, copy=True)
+            rows = sparse.csr_matrix(rows, copy=True)
+            rows.data = _plain(rows.data)
+            yield rows
 
     def _heads(self) -> dict[str, np.ndarray]:
         matrices = {"X": self._adata.X, **self._adata.layers}
@@ -223,6 +233,9 @@ class H5adSource(Source):
                     )
             self._obs, self._var = self._frame(file, "obs"), self._frame(file, self._var_key)
             matrix = file[self._key]
+            parts = () if isinstance(matrix, h5py.Dataset) else ("data", "indices", "indptr")
+            if any(part not in matrix for part in parts):
+                raise ValueError(f"{self.where}: damaged: a sparse matrix without {' or '.join(parts)}")
             shape = matrix.shape if isinstance(matrix, h5py.Dataset) else _sparse_attribute(matrix, "shape")
             if shape is None or len(shape) != 2:
                 raise ValueError(f"{self.where}: not a matrix (shape {shape})")
@@ -286,7 +299,7 @@ class H5adSource(Source):
             if isinstance(matrix, h5py.Dataset):
                 step = max(1, CHUNK_ELEMENTS // self.shape[1])
                 for start in range(0, self.shape[0], step):
-                    yield sparse.csr_matrix(matrix[start : start + step])
+                    yield sparse.csr_matrix(_plain(matrix[start : start + step]))
                 return
             kind = _sparse_attribute(matrix, "encoding-type")
             if kind not in ("csr_matrix", "csc_matrix"):
@@ -313,7 +326,7 @@ class H5adSource(Source):
             raise ValueError(
                 f"{self.where}: damaged: indices outside 0..{minor - 1} between {start} and {end}"
             )
-        parts = matrix["data"][low:high], indices.astype(np.int32), indptr[start : end + 1] - low
+        parts = _plain(matrix["data"][low:high]), indices.astype(np.int32), indptr[start : end + 1] - low
         return sparse.csr_matrix(parts, shape=(end - start, minor))
 
     def _heads(self) -> dict[str, np.ndarray]:
