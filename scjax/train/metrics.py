@@ -59,8 +59,8 @@ class Meter:
         if bad:
             told = ", ".join(f"{name.replace('_', ' ')} {values[name][0]}" for name in bad)
             raise NonFiniteLoss(
-                f"step {step}: {told}. Nothing from this step on is saved: the last checkpoint is good. A lower "
-                "optimizer.learning_rate, a longer warm-up or a smaller clip_norm may help"
+                f"step {step}: {told}. Nothing from this step on is saved: the last checkpoint is good. A "
+                "lower optimizer.learning_rate, a longer warm-up or a smaller clip_norm may help"
             )
         for name, (total, weight) in values.items():
             sums = self._totals.setdefault(name, [0.0, 0.0])
