@@ -160,7 +160,9 @@ class MemorySource(Source):
             self._matrix = adata.layers[layer] if layer in adata.layers else None
         if self._matrix is None:
             there = [
-                n for n, m in (("X", adata.X), ("raw", adata.raw), *adata.layers.items()) if m is not None
+                n
+                for n, m in (("X", adata.X), ("raw", adata.raw), *adata.layers.items())
+                if n and m is not None
             ]
             raise KeyError(
                 f"AnnData {name!r}: no {_title(layer)}; there are: {', '.join(there) or 'no matrices'}"
@@ -204,7 +206,8 @@ class MemorySource(Source):
             yield rows
 
     def _heads(self) -> dict[str, np.ndarray]:
-        matrices = {"X": self._adata.X, **self._adata.layers}
+        matrices = {**self._adata.layers, "X": self._adata.X}
+        matrices.pop(None, None)  # what anndata 0.13 calls X among the layers
         if self._adata.raw is not None:
             matrices["raw"] = self._adata.raw.X
         heads = {}
