@@ -249,7 +249,7 @@ def composition_variance(order, labels):
 
 
 def test_batches_mix_studies_as_well_as_independent_draws():
-    n, studies = 200_000, 30
+    n, studies = 100_000, 30
     stored = np.sort(np.random.default_rng(0).integers(0, studies, n))  # study after study
     order = Order(((0, n),), batch_size=1024, lanes=128, window=1024, block=64)
     assert composition_variance(order, stored) < 1.6

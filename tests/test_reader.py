@@ -210,6 +210,15 @@ def test_rows_of_a_part(tmp_path):
         assert reader.row_span(first, last) == (indptr[first], indptr[last])
 
 
+def test_an_index_that_contradicts_itself_is_noticed(tmp_path):
+    stored, _ = part(tmp_path)
+    stored.nnz_per_cell[1030] += 1
+    reader = PartReader(stored)
+    assert reader.row_span(0, 1024) == (0, stored.blocks[1])
+    with pytest.raises(CorruptDataError, match=r"part p7: nnz.npy and blocks.npy .* in rows 1024 to 2047"):
+        reader.row_span(1000, 1100)
+
+
 @pytest.mark.parametrize("threads", [0, 2])
 def test_spans_come_one_after_the_other(tmp_path, threads):
     stored, indptr = part(tmp_path)

@@ -260,13 +260,25 @@ class PartReader:
         self.data = ShardedArray(part.path / "X/data", f"part {part.id}, array X/data", shards)
 
     def row_span(self, first: int, last: int) -> tuple[int, int]:
-        """Elements of rows [first, last), numbered within the part: (low, high)."""
+        """Elements of rows [first, last), numbered within the part: (low, high).
+
+        Raises:
+          CorruptDataError: the two index files that tell contradict each other.
+        """
         return self._begin(first), self._begin(last)
 
     def _begin(self, row: int) -> int:
-        block = row // INDEX_BLOCK
-        before = self.part.nnz_per_cell[block * INDEX_BLOCK : row]
-        return int(self.part.blocks[block]) + int(before.sum(dtype=np.int64))
+        block, within = divmod(row, INDEX_BLOCK)
+        start = int(self.part.blocks[block])
+        if within == 0:
+            return start
+        rows = self.part.nnz_per_cell[block * INDEX_BLOCK : (block + 1) * INDEX_BLOCK]
+        if start + int(rows.sum(dtype=np.int64)) != self.part.blocks[block + 1]:
+            raise CorruptDataError(
+                f"part {self.part.id}: nnz.npy and blocks.npy of its index contradict each other "
+                f"in rows {block * INDEX_BLOCK} to {block * INDEX_BLOCK + len(rows) - 1}"
+            )
+        return start + int(rows[:within].sum(dtype=np.int64))
 
     def read_spans(
         self,
