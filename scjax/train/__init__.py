@@ -3,7 +3,7 @@
 An experiment puts these together and owns its loop; see ``experiments/pretrain.py``.
 """
 
-from scjax.train.checkpoint import CheckpointError, Checkpoints, Restored, restore_variables
+from scjax.train.checkpoint import CheckpointError, Checkpoints, Restored, checkpoint_steps, restore_variables
 from scjax.train.config import DataConfig, RunConfig, TrainConfig, ValidationConfig
 from scjax.train.metrics import Meter, MetricsLog, NonFiniteLoss, read_metrics
 from scjax.train.optimizer import OptimizerConfig, decay_mask, make_optimizer, make_schedule
@@ -28,6 +28,7 @@ __all__ = [
     "TrainConfig",
     "ValidationConfig",
     "abstract_state",
+    "checkpoint_steps",
     "count_parameters",
     "decay_mask",
     "describe",

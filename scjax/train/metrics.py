@@ -29,9 +29,14 @@ class Meter:
     never makes the device wait. Every step is checked: a non-finite loss or gradient raises at the
     latest when its mean is asked for, so whoever calls :meth:`mean` before saving saves no state that a
     bad step has touched.
+
+    Attributes:
+      cells_per_second: over the interval that the last :meth:`mean` closed, the step that compiled left
+        out; None before there is one.
     """
 
     def __init__(self) -> None:
+        self.cells_per_second: float | None = None
         self._pending: tuple[int, Metrics] | None = None
         self._totals: dict[str, list[float]] = {}
         self._clock: float | None = None
@@ -68,20 +73,26 @@ class Meter:
             sums[1] += weight
         self._timed_cells += values["cells"][0]
 
-    def mean(self) -> dict[str, float]:
-        """Mean of each metric, and ``cells_per_second`` (wall clock); starts a new interval. A metric
-        without weight is left out.
+    def mean(self, prefix: str) -> dict[str, float]:
+        """``{"<prefix>/<name>": mean}``, and starts a new interval. A metric without weight is left out.
 
         Raises:
           NonFiniteLoss: the last step has a non-finite loss or gradient.
         """
         self._read()
-        means = {name: total / weight for name, (total, weight) in self._totals.items() if weight}
-        now = time.perf_counter()
+        means = {
+            f"{prefix}/{name}": total / weight for name, (total, weight) in self._totals.items() if weight
+        }
+        means.pop(f"{prefix}/cells", None)
         if self._clock is not None and self._timed_cells > 0:
-            means["cells_per_second"] = self._timed_cells / (now - self._clock)
-        self._clock, self._timed_cells, self._totals = now, 0.0, {}
+            self.cells_per_second = self._timed_cells / (time.perf_counter() - self._clock)
+        self._totals = {}
+        self.restart_clock()
         return means
+
+    def restart_clock(self) -> None:
+        """Leaves out of the speed what was done since :meth:`mean`, such as validation."""
+        self._clock, self._timed_cells = time.perf_counter(), 0.0
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:

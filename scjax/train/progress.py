@@ -20,9 +20,9 @@ class RunProgress:
     """
 
     def __init__(self, steps: int, step: int = 0, console: Console | None = None):
-        self.steps, self.start = steps, step
+        self.steps = steps
         self._console = console or Console(quiet=jax.process_index() != 0)
-        self._began = time.monotonic()
+        self._last = (step, time.monotonic())
         self._bar = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(),
@@ -52,7 +52,8 @@ class RunProgress:
         rate = "" if cells_per_second is None else f"{cells_per_second:,.0f} cells/s"
         self._bar.update(self._task, completed=step, rate=rate, loss=f"loss {loss:.4f}")
         if not self._console.is_terminal:
-            left = (time.monotonic() - self._began) / max(step - self.start, 1) * (self.steps - step)
+            (before, then), self._last = self._last, (step, time.monotonic())
+            left = (self._last[1] - then) / max(step - before, 1) * (self.steps - step)
             minutes, seconds = divmod(round(left), 60)
             parts = [f"step {step}/{self.steps}", f"loss {loss:.4f}", rate, f"{minutes}:{seconds:02d} left"]
             self.say("  ".join(part for part in parts if part))
