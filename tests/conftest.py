@@ -1,6 +1,11 @@
-"""Shared fixtures. Every test runs on the CPU with eight virtual devices unless told otherwise."""
+"""Every test runs on the CPU with eight virtual devices unless told otherwise."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Compiling takes most of the suite's time and its arrays are tiny: let LLVM optimise less.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true",
+)

@@ -83,6 +83,16 @@ def corpus_verify(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def corpus_genes(args: argparse.Namespace) -> int:
+    from scjax.corpus import Corpus, variable_genes
+
+    _refuse_existing(args.out, args.force)
+    genes = variable_genes(Corpus.open(args.corpus), args.top)
+    _write_whole(genes.to_tsv, args.out)
+    out.print(f"{len(genes):,} variable genes in {args.out}; for a run: --config.data.genes={args.out}")
+    return 0
+
+
 # ------------------------------------------------------- embeddings and scores
 def embed(args: argparse.Namespace) -> int:
     import anndata
@@ -197,6 +207,13 @@ def _parser() -> argparse.ArgumentParser:
         command = corpus.add_parser(name, help=text)
         command.set_defaults(run=run)
         command.add_argument("corpus", metavar="DIR")
+
+    genes = corpus.add_parser("genes", help="the most variable genes, as the vocabulary of a small model")
+    genes.set_defaults(run=corpus_genes)
+    genes.add_argument("corpus", metavar="DIR")
+    genes.add_argument("--top", type=int, default=2000, metavar="N", help="how many (default: 2000)")
+    genes.add_argument("--out", required=True, metavar="FILE.tsv")
+    genes.add_argument("--force", action="store_true", help="replace what is there")
 
     command = commands.add_parser("embed", help="add a model's cell embedding to an h5ad file")
     command.set_defaults(run=embed)

@@ -48,7 +48,8 @@ def quantile_ranks(value: Array, n_bins: int) -> tuple[Array, Array]:
       n_bins: number of bins, the zero bin included (51 in scGPT).
 
     Returns:
-      ``(r, l)`` int32 [B, L] with 0 <= r < l <= n_bins - 1 wherever value > 0.
+      ``(r, l)`` int32 [B, L] with 0 <= r <= l and 1 <= l <= n_bins - 1 wherever value > 0; r = l where
+      the value lies strictly between two edges.
     """
     n_edges = n_bins - 1
     length = value.shape[-1]

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# What `make quickstart` runs once the environment stands: every line can be run by hand.
+# Stopped half-way, it goes on where it was; delete $RUN to start anew.
+set -euo pipefail
+python=${PYTHON:-python}
+run=${RUN:-runs/quickstart}
+scjax() { "$python" -m scjax.cli.main "$@"; }
+say() { printf '\n\033[1m[%s] %s\033[0m\n' "$1" "$2"; }
+
+say 1/4 "Two studies of human blood cells, as raw counts, into one corpus"
+mkdir -p "$run"
+studies=$("$python" -c 'import scjax.datasets as d; print(*d.pbmc_paths())')
+[ -e "$run/corpus/HEAD" ] || scjax corpus build $studies --out "$run/corpus" --validation 0.05
+[ -e "$run/genes.tsv" ] || scjax corpus genes "$run/corpus" --top 1500 --out "$run/genes.tsv"
+
+say 2/4 "Pretraining: hide values, predict them (no label is used)"
+"$python" experiments/pretrain.py --config=configs/quickstart.py --workdir="$run" \
+    --config.data.corpus="$run/corpus" --config.data.genes="$run/genes.tsv"
+
+say 3/4 "Embedding the cells and probing: fit on one study, score on the other"
+"$python" -c "import scjax; scjax.datasets.pbmc().write_h5ad('$run/pbmc.h5ad')"
+scjax eval "$run/pbmc.h5ad" --model "$run" --tasks annotation clustering integration \
+    --label cell_type --batch study --group study --out "$run/eval" --force --title "scjax quickstart"
+cp "$run/eval/report.html" "$run/report.html"
+
+say 4/4 "Done"
+cat <<EOM
+The report:        $run/report.html
+The run:           $run (config.json, metrics.jsonl, checkpoints/)
+In Python:         model = scjax.load("$run"); scjax.embed(adata, model)
+Look inside:       notebooks/probe_a_checkpoint.ipynb
+Your own cells:    scjax corpus build *.h5ad --out corpus, then copy configs/quickstart.py
+EOM
