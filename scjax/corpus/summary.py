@@ -28,9 +28,8 @@ def summarise(corpus: Corpus) -> rich.console.Group:
     ]
     sets = rich.table.Table(title="data sets", title_justify="left")
     for heading in ("name", "species", "cells", "dropped", "genes matched", "layer"):
-        sets.add_column(
-            heading, justify="right" if heading in ("cells", "dropped", "genes matched") else "left"
-        )
+        number = heading in ("cells", "dropped", "genes matched")
+        sets.add_column(heading, justify="right" if number else "left", overflow="fold")
     for entry in manifest["datasets"]:
         sets.add_row(
             entry["name"],

@@ -17,7 +17,7 @@ def pbmc_paths() -> dict[str, pathlib.Path]:
 
 
 def pbmc() -> ad.AnnData:
-    """Human blood cells from two studies: 6,574 cells x 12,881 genes, raw counts (float32 CSR, whole numbers).
+    """Human blood cells from two studies: 6,574 cells x 12,881 genes, raw counts (float32 CSR).
 
     obs:
       - ``study``: "pbmc3k" (2,700 cells of one donor, labelled by clustering) or "pbmc_facs" (3,874 cells of
@@ -25,7 +25,7 @@ def pbmc() -> ad.AnnData:
       - ``cell_type``: one list for both studies. Shared: B, CD4 T, CD8 T, NK, CD14 monocyte. Only in pbmc3k:
         FCGR3A monocyte, dendritic, megakaryocyte, and 62 cells "unlabelled". Only in pbmc_facs: CD34+
         progenitor.
-      - ``cell_type_fine``: the finest label of the source, not harmonised; ``cell_type_source``: its main label.
+      - ``cell_type_fine`` and ``cell_type_source``: the finest and the main label of the source, as they are.
       - ``batch``: the study. ``library``: the sorted library within pbmc_facs, one per ``cell_type_fine``: a
         batch correction over libraries would remove the cell types.
       - ``donor``, ``organism``, ``technology``.

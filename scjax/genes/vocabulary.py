@@ -285,7 +285,8 @@ class Vocabulary:
         ids = np.full(len(names), -1, np.int32)
         matched_by: dict[str, int] = {}
         for what, columns, table in (
-            ("id", [[strip_version(v) for v in column] for column in id_columns], self._by_id),
+            # The id of a gene without Ensembl id is its symbol, so symbols are looked up here too.
+            ("id", [[strip_version(v) for v in c] for c in (*id_columns, *symbol_columns)], self._by_id),
             ("symbol", symbol_columns, self._by_symbol),
             ("alias", symbol_columns, self._by_alias),
         ):
