@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from scjax.config import from_config
 from scjax.corpus import Corpus
+from scjax.genes import Vocabulary
 from scjax.loader import Loader
 from scjax.models import build
 from scjax.parallel import distributed_start, make_mesh, place, process_shard, summary
@@ -54,13 +55,15 @@ def pretrain(config: RunConfig, workdir: str) -> None:
 
     # ---------------------------------------------------------------------------------- data
     corpus = Corpus.open(config.data.corpus)
+    vocabulary = Vocabulary.from_tsv(config.data.genes) if config.data.genes else corpus.vocabulary
     processes = {"process_index": process_index, "process_count": process_count}
-    loader = Loader(corpus, seed=config.seed, **config.data.loader(), **processes)
+    loader = Loader(corpus, vocabulary=vocabulary, seed=config.seed, **config.data.loader(), **processes)
     validation = None
     if any(part.n_cells for part in corpus.split("validation")):
         validation = Loader(
             corpus,
             config.validation.batch_size or config.data.batch_size,
+            vocabulary=vocabulary,
             seed=config.seed,
             split="validation",
             max_genes=config.data.max_genes,
@@ -71,7 +74,6 @@ def pretrain(config: RunConfig, workdir: str) -> None:
         )
 
     # --------------------------------------------------------------------------------- model
-    vocabulary = corpus.vocabulary
     model = build(config.system, config.model, len(vocabulary), config.seed)
     about = describe(config.system, config.model, vocabulary, corpus=corpus.manifest_id, seed=config.seed)
     run = open_run(workdir, dataclasses.asdict(config), about, vocabulary)

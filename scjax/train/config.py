@@ -14,11 +14,14 @@ from scjax.train.optimizer import OptimizerConfig
 class DataConfig:
     """What is read: a corpus, and how :class:`scjax.loader.Loader` goes through it (see there).
 
-    ``labels`` are the label columns that batches carry; None for all that the corpus has.
+    ``genes`` is a vocabulary table (``scjax corpus genes`` writes one): the genes that the model knows;
+    None for all of the corpus. ``labels`` are the label columns that batches carry; None for all that the
+    corpus has.
     """
 
     corpus: str
     batch_size: int
+    genes: str | None = None
     split: str = "train"
     window: int = 1024
     block: int | None = None
@@ -30,8 +33,8 @@ class DataConfig:
     prefetch: int = 2
 
     def loader(self) -> dict[str, Any]:
-        """The arguments of the loader but for corpus, seed and process."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k != "corpus"}
+        """The arguments of the loader but for corpus, vocabulary, seed and process."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("corpus", "genes")}
 
 
 @dataclasses.dataclass(frozen=True)
