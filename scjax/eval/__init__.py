@@ -1,0 +1,20 @@
+"""Evaluation of cell embeddings, whoever made them: arrays and AnnData in, scores and a report out.
+
+    results = scjax.eval.run(adata, embeddings=["X_model"], label_key="cell_type", batch_key="study",
+                             group_key="study", controls={"random_init": "X_untrained"}) print(results);
+                             results.report("report.html"); results.to_jsonl("results.jsonl")
+
+The tasks also run on plain arrays: :func:`annotation`, :func:`clustering`, :func:`integration`. This room
+imports nothing else of scjax and neither JAX nor Flax; NumPy, SciPy, pandas, scikit-learn and AnnData
+suffice, and what further packages would add (Leiden, maps, the report) is marked as skipped where they are
+missing.
+"""
+
+from scjax.eval.annotation import annotation
+from scjax.eval.clustering import clustering
+from scjax.eval.integration import integration
+from scjax.eval.results import Results
+from scjax.eval.runner import run
+from scjax.eval.verdict import Gate
+
+__all__ = ["Gate", "Results", "annotation", "clustering", "integration", "run"]

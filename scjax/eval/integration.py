@@ -1,0 +1,266 @@
+"""Batch integration: are cells of one type together whatever their batch, and do types stay apart?
+
+Two axes that are never summed: a representation of pure noise mixes batches perfectly. The measures are
+those of scib-metrics (Luecken et al. 2022; BRAS: Rautenstrauch & Ohler 2025; CiLISI: Andreatta et al. 2024),
+computed here per cell in NumPy, so that they need no accelerator library, cost a second and have intervals;
+the tests hold them to scib-metrics' values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import sklearn
+from scipy.sparse.csgraph import connected_components
+from sklearn.cluster import KMeans
+from sklearn.metrics import silhouette_samples
+from sklearn.neighbors import NearestNeighbors
+
+from scjax.eval import stats
+from scjax.eval.checks import matrix, require_shared_labels, select, stratified
+from scjax.eval.environment import missing, one_thread, version
+from scjax.eval.results import Results, row
+
+N_LISI, N_GRAPH, N_KBET = 90, 15, 50  # neighbours, the cell itself included
+MIN_CELLS = 10  # per batch and label, for measures within a label
+NO_BATCH_SIGNAL = 0.005  # share of variance below which a batch effect cannot be said to have been removed
+
+
+@one_thread
+def integration(
+    X: Any,
+    labels: Any,
+    batch: Any,
+    *,
+    pre: Any = None,
+    name: str = "embedding",
+    kind: str = "model",
+    embedding_key: str = "",
+    kbet: bool = False,
+    min_class_size: int = 10,
+    max_cells: int = 3000,
+    seed: int = 0,
+    n_boot: int = 1000,
+) -> Results:
+    """Bio conservation and batch mixing of a representation, side by side.
+
+    Bio: silhouette by label, cLISI, k-means NMI and ARI. Batch: BRAS, iLISI, CiLISI (iLISI within each
+    label), graph connectivity and, given ``pre``, the principal-component-regression comparison. All lie in
+    [0, 1] (ARI from −0.5), higher is better. The axes "bio" and "batch" are the plain means of their
+    measures. iLISI of a perfect mixture is below 1.
+
+    Args:
+        X: representation [cells, dimensions].
+        labels, batch: of each cell; cells without one of them are dropped.
+        pre: representation before any integration, such as principal components of all cells.
+        kbet: also kBET per label, through scib-metrics (slow).
+        max_cells: at most about this many cells are scored, a stratified sample by label and batch.
+        n_boot: resamples of cells, neighbours kept as they are, behind the 95 % percentile intervals. Graph
+            connectivity has no interval and enters that of its axis as a constant.
+
+    Raises:
+        ValueError: X, labels or batch cannot be used, or batch and labels are confounded.
+    """
+    cells = select(labels, batch=batch, min_class_size=min_class_size)
+    require_shared_labels(cells)
+    assert cells.batch is not None
+    cells = cells.take(stratified(cells.label * len(cells.batch_names) + cells.batch, max_cells, seed))
+    features = matrix(X, name, len(labels))[cells.rows]
+    y, b = cells.label, cells.batch
+    assert b is not None
+    weights = stats.resample(len(cells), n_boot, seed, "integration")
+    neighbours = _neighbours(features, max(N_LISI, N_GRAPH))
+    n_labels, n_batches = len(cells.label_names), len(cells.batch_names)
+    within = _cilisi(features, y, b)
+    clusters = KMeans(n_labels, n_init=3, random_state=seed).fit_predict(features)
+    bio = {
+        "silhouette_label": stats.mean((silhouette_samples(features, y) + 1) / 2, weights),
+        "clisi": stats.median((n_labels - _lisi(*neighbours, y)) / (n_labels - 1), weights),
+        **{f"kmeans_{metric}": score for metric, score in stats.agreement(y, clusters, weights).items()},
+    }
+    mixing = {
+        "bras": stats.mean_over_labels(_bras(features, y, b), y, weights),
+        "ilisi": stats.median((_lisi(*neighbours, b) - 1) / (n_batches - 1), weights),
+        "cilisi": stats.mean_over_labels(within, y, weights),
+        "graph_connectivity": np.array([_graph_connectivity(neighbours[1][:, :N_GRAPH], y)]),
+    }
+    if pre is not None:
+        before = matrix(pre, "pre-integration representation", len(labels))[cells.rows]
+        mixing["pcr"] = _pcr(before, features, b, weights)
+
+    out = Results(facts={"dropped": cells.dropped})
+    common: dict[str, Any] = {
+        "task": "integration",
+        "model_id": name,
+        "model_kind": kind,
+        "embedding_key": embedding_key,
+        "n_cells": len(cells),
+        "metric_impl": f"scjax.eval; scikit-learn=={sklearn.__version__}",
+        "ci_method": "percentile bootstrap over cells, neighbours fixed",
+    }
+    for axis, parts in (("bio", bio), ("batch", mixing)):
+        defined = {metric: score for metric, score in parts.items() if np.isfinite(score[0])}
+        note = f"mean of {', '.join(defined)}"
+        out.add(
+            np.mean(np.broadcast_arrays(*defined.values()), 0), **common, axis=axis, metric=axis, note=note
+        )
+        for metric, score in parts.items():
+            out.add(
+                score,
+                **common,
+                axis=axis,
+                metric=metric,
+                note="" if metric in defined else _UNDEFINED[metric],
+            )
+    for i in np.unique(y[np.isfinite(within)]):
+        own = np.where(y == i, within, np.nan)
+        out.add(stats.mean(own, weights), **common, axis="batch", metric="cilisi", label=cells.label_names[i])
+    if kbet:
+        if reason := missing("scib_metrics"):
+            out.rows.append(row(**common, axis="", metric="kbet", status="skipped", note=reason))
+        else:
+            impl = f"scib-metrics=={version('scib_metrics')}"
+            out.add([_kbet(*neighbours, y, b)], **{**common, "metric_impl": impl}, metric="kbet")
+    return out
+
+
+_UNDEFINED = {
+    "pcr": f"batch explains less than {NO_BATCH_SIGNAL:.1%} of the variance before integration",
+    "bras": "no label has two batches",
+    "cilisi": f"no label has {MIN_CELLS} cells in each of two batches",
+}
+
+
+def _neighbours(X: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Exact Euclidean neighbours: distances and indices [cells, k], the cell itself first."""
+    k = min(k, len(X))
+    return NearestNeighbors(n_neighbors=k, algorithm="brute").fit(X).kneighbors(X)
+
+
+def _lisi(distances: np.ndarray, indices: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Local inverse Simpson index per cell (Korsunsky et al. 2019): the effective number of categories
+    around it.
+
+    Neighbours are weighted by a Gaussian kernel in the distance whose width gives every cell the same
+    perplexity, a third of its number of neighbours; found by bisection.
+    """
+    k = distances.shape[1]
+    others = indices != np.arange(len(indices))[:, None]
+    target = np.log(np.floor(k / 3))
+    beta = np.ones(len(distances))
+    low, high = np.full(len(distances), -np.inf), np.full(len(distances), np.inf)
+    for _ in range(50):
+        P = np.exp(-distances * beta[:, None]) * others
+        total = P.sum(1)
+        safe = np.where(total > 0, total, 1)
+        entropy = np.where(total > 0, np.log(safe) + beta * (distances * P).sum(1) / safe, 0)
+        gap = entropy - target
+        if (np.abs(gap) < 1e-5).all():
+            break
+        active, wide = np.abs(gap) >= 1e-5, gap > 0
+        low, high = np.where(active & wide, beta, low), np.where(active & ~wide, beta, high)
+        up = np.where(np.isinf(high), beta * 2, (beta + np.where(np.isinf(high), beta, high)) / 2)
+        down = np.where(np.isinf(low), beta / 2, (beta + np.where(np.isinf(low), beta, low)) / 2)
+        beta = np.where(active, np.where(wide, up, down), beta)
+    P /= safe[:, None]
+    shares = np.stack([(P * (codes[indices] == c)).sum(1) for c in range(codes.max() + 1)])
+    simpson = (shares**2).sum(0)
+    return np.where(simpson > 0, 1 / np.where(simpson > 0, simpson, 1), np.nan)
+
+
+def _within_labels(y: np.ndarray, b: np.ndarray, at_least: int) -> dict[int, np.ndarray]:
+    """Positions of each label's cells, for labels with two or more batches of at least so many cells (those
+    batches).
+    """
+    found = {}
+    for label in np.unique(y):
+        rows = np.flatnonzero(y == label)
+        size = np.bincount(b[rows])
+        rows = rows[size[b[rows]] >= at_least]
+        if len(np.unique(b[rows])) > 1:
+            found[int(label)] = rows
+    return found
+
+
+def _cilisi(X: np.ndarray, y: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """iLISI of each cell among the cells of its label, scaled to [0, 1]; NaN where the label lacks two
+    batches.
+    """
+    value = np.full(len(X), np.nan)
+    for rows in _within_labels(y, b, MIN_CELLS).values():
+        batches = np.unique(b[rows], return_inverse=True)[1]
+        value[rows] = (_lisi(*_neighbours(X[rows], N_LISI), batches) - 1) / batches.max()
+    return value
+
+
+def _bras(X: np.ndarray, y: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """1 − |silhouette by batch| per cell among its label, cosine distance, against all other batches; NaN
+    where undefined.
+    """
+    unit = X / np.linalg.norm(X, axis=1, keepdims=True)
+    value = np.full(len(X), np.nan)
+    for rows in _within_labels(y, b, 1).values():
+        batches = np.unique(b[rows], return_inverse=True)[1]
+        if batches.max() + 1 == len(rows):
+            continue
+        member = np.eye(batches.max() + 1)[batches]
+        distance = (1 - unit[rows] @ unit[rows].T).clip(0).astype(np.float64)
+        np.fill_diagonal(distance, 0)
+        sums, size = distance @ member, member.sum(0)
+        own = (sums * member).sum(1)
+        inside = own / np.maximum(size[batches] - 1, 1)
+        outside = (sums.sum(1) - own) / (len(rows) - size[batches])
+        widest = np.maximum(inside, outside)
+        silhouette = np.where(widest > 0, (outside - inside) / np.where(widest > 0, widest, 1), 0)
+        value[rows] = 1 - np.abs(np.where(size[batches] > 1, silhouette, 0))
+    return value
+
+
+def _graph_connectivity(indices: np.ndarray, y: np.ndarray) -> float:
+    """Mean over labels of the share of cells in the largest strongly connected piece of the neighbour
+    graph.
+    """
+    n, k = indices.shape
+    graph = sp.csr_matrix(
+        (np.ones(n * k, np.int8), indices.ravel(), np.arange(0, n * k + 1, k)), shape=(n, n)
+    )
+    shares = []
+    for label in np.unique(y):
+        rows = np.flatnonzero(y == label)
+        pieces = connected_components(graph[rows][:, rows], connection="strong")[1]
+        shares.append(np.bincount(pieces).max() / len(rows))
+    return float(np.mean(shares))
+
+
+def _batch_share(X: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Share of the total variance that lies between batches, float64[len(weights)].
+
+    This is principal component regression over all components: a rotation changes neither the sum of squares
+    nor its part between batches.
+    """
+    X = X.astype(np.float64) - X.mean(0, dtype=np.float64)
+    between, overall = np.zeros(len(weights)), np.zeros((len(weights), X.shape[1]))
+    for code in np.unique(b):
+        part = weights[:, b == code].astype(np.float64)
+        sums = part @ X[b == code]
+        between += (sums**2).sum(1) / np.maximum(part.sum(1), 1)
+        overall += sums
+    centre = (overall**2).sum(1) / weights.sum(1, dtype=np.float64)
+    total = weights @ (X**2).sum(1) - centre
+    return (between - centre) / np.where(total > 0, total, 1)
+
+
+def _pcr(before: np.ndarray, after: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """By which part of itself the batch share of variance has fallen; not below 0, NaN if there was none."""
+    pre, post = _batch_share(before, b, weights), _batch_share(after, b, weights)
+    return np.clip((pre - post) / pre, 0, 1) if pre[0] >= NO_BATCH_SIGNAL else np.array([np.nan])
+
+
+def _kbet(distances: np.ndarray, indices: np.ndarray, y: np.ndarray, b: np.ndarray) -> float:
+    from scib_metrics import kbet_per_label
+    from scib_metrics.nearest_neighbors import NeighborsResults
+
+    neighbours = NeighborsResults(indices=indices[:, :N_KBET], distances=distances[:, :N_KBET])
+    return float(kbet_per_label(neighbours, b, y))

@@ -1,0 +1,195 @@
+"""What an evaluation found: tidy rows, the facts needed to judge them, and panels for the report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from scjax.eval import stats, tables, verdict
+
+SCHEMA_VERSION = "1"
+
+_BLANK: dict[str, Any] = {
+    "schema_version": SCHEMA_VERSION,
+    "task": "",  # annotation | clustering | integration
+    "model_id": "",  # name of the row in tables
+    "model_kind": "model",  # model | baseline | control | oracle
+    "embedding_key": "",  # obsm key, where the representation came from one
+    "head": "",  # what reads the representation: logistic, knn, majority, leiden, kmeans
+    "setting": "",  # of that head: which resolution
+    "axis": "",  # integration: bio | batch
+    "metric": "",
+    "direction": "max",
+    "group": "",  # held-out group, or the mean over groups; "" where the task has no groups
+    "label": "",  # class, for values per class
+    "versus": "",  # a difference: value = model_id minus this one
+    "versus_role": "",  # best simple baseline | random-initialised twin
+    "value": None,
+    "ci_low": None,
+    "ci_high": None,
+    "ci_method": "",
+    "n_boot": 0,
+    "n_cells": 0,
+    "n_groups": 0,
+    "split_scheme": "",
+    "metric_impl": "",
+    "pretrain_overlap": "unknown",
+    "status": "ok",  # ok | nan | skipped
+    "note": "",
+}
+
+
+def row(**fields: Any) -> dict[str, Any]:
+    """One result row; a field that the schema lacks is an error."""
+    if unknown := set(fields) - set(_BLANK):
+        raise KeyError(f"unknown result fields {sorted(unknown)}")
+    return {**_BLANK, **fields}
+
+
+def _key(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(entry[c] for c in ("model_id", "task", "head", "setting", "metric", "group", "label"))
+
+
+@dataclass
+class Results:
+    """Scores of one or several representations.
+
+    ``rows`` are dictionaries with the columns of :meth:`to_frame`; ``facts`` describe data, splits and
+    versions; ``panels`` hold what only pictures need (confusion counts, maps). ``replicates`` are the
+    bootstrap values behind the intervals; they stay in memory and are not saved.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    panels: list[dict[str, Any]] = field(default_factory=list)
+    scores: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict, repr=False)
+
+    def add(self, score: Sequence[float] | np.ndarray, **fields: Any) -> None:
+        """Append a score: its value and, if there are any, its resamples (see :mod:`scjax.eval.stats`)."""
+        score = np.asarray(score, np.float64)
+        entry = row(**fields) | {"value": float(score[0])}
+        if not np.isfinite(score[0]):
+            entry |= {"value": None, "status": "nan", "ci_method": ""}
+        elif len(score) == 1:
+            entry |= {"ci_method": ""}
+        else:
+            low, high = stats.interval(score)
+            entry |= {"ci_low": low, "ci_high": high, "n_boot": len(score) - 1}
+            self.scores[_key(entry)] = score
+        self.rows.append(entry)
+
+    def extend(self, other: Results) -> None:
+        """Take in the scores of another representation or task."""
+        self.rows += other.rows
+        self.panels += other.panels
+        self.scores |= other.scores
+
+    def compare(self, task: str, head: str, setting: str, model: str, other: str, role: str) -> None:
+        """Append the paired differences ``model`` − ``other`` of the headline metrics.
+
+        Both were scored under the same resamples of the same cells, so their scores are subtracted resample
+        by resample.
+        """
+        fixed = {"model_id": model, "task": task, "head": head, "setting": setting, "versus": "", "label": ""}
+        for entry in [r for r in self.rows if all(r[k] == v for k, v in fixed.items())]:
+            mine, theirs = _key(entry), _key({**entry, "model_id": other})
+            if entry["metric"] in tables.HEADLINE[task] and mine in self.scores and theirs in self.scores:
+                difference = self.scores[mine] - self.scores[theirs]
+                low, high = stats.interval(difference)
+                changed = {"value": float(difference[0]), "ci_low": low, "ci_high": high, "note": ""}
+                method = f"paired {entry['ci_method']}"
+                self.rows.append(
+                    {**entry, **changed, "versus": other, "versus_role": role, "ci_method": method}
+                )
+
+    def to_frame(self) -> pd.DataFrame:
+        """All rows as a table, one value per row; columns as in the schema."""
+        return pd.DataFrame(self.rows, columns=list(_BLANK))
+
+    def table(self, task: str | None = None) -> pd.DataFrame:
+        """A compact table of values with intervals: one task in full, or the main columns of all."""
+        return tables.formatted(self.to_frame(), task)
+
+    def to_text(self) -> str:
+        """Tables, paired differences and sanity gates as plain text."""
+        return tables.to_text(self.to_frame(), self.facts, self.gates())
+
+    __str__ = to_text
+
+    def __rich__(self) -> Any:
+        return tables.to_rich(self.to_frame(), self.facts, self.gates())
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html()
+
+    def gates(self) -> list[verdict.Gate]:
+        """Sanity gates: what must hold before a score is worth reading (noise below the model, a twin
+        present, …).
+        """
+        return verdict.gates(self.to_frame(), self.facts)
+
+    def to_jsonl(self, path: str | os.PathLike[str]) -> None:
+        """Write facts, scores and panels as JSON lines, told apart by their field ``record``; replaces
+        ``path`` whole.
+        """
+        lines = [{"record": "facts", "schema_version": SCHEMA_VERSION, **self.facts}]
+        lines += [{"record": "score", **r} for r in self.rows]
+        lines += [{"record": "panel", **p} for p in self.panels]
+        partial = Path(f"{os.fspath(path)}.partial")
+        try:
+            partial.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Results:
+        """Read what :meth:`to_jsonl` wrote (ValueError names the line that does not fit)."""
+        results = cls()
+        with open(path) as file:
+            for number, text in enumerate(file, 1):
+                try:
+                    line = json.loads(text)
+                    record = line.pop("record")
+                    version = line.get("schema_version", SCHEMA_VERSION)
+                except (json.JSONDecodeError, KeyError, AttributeError) as error:
+                    raise ValueError(
+                        f"{path}, line {number}: not a record of scjax.eval results ({error!r})"
+                    ) from None
+                if version != SCHEMA_VERSION:
+                    raise ValueError(
+                        f"{path}, line {number}: schema version {version!r}; this reads {SCHEMA_VERSION!r}"
+                    )
+                if record == "facts":
+                    results.facts = {k: v for k, v in line.items() if k != "schema_version"}
+                elif record == "score":
+                    results.rows.append(row(**line))
+                else:
+                    results.panels.append(line)
+        if not results.facts:
+            raise ValueError(f"{path}: no line with the facts of the evaluation; the file is not complete")
+        return results
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        title: str | None = None,
+        curves: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write a self-contained HTML report (no network access needed to read it).
+
+        ``curves``: the metrics of a training run, as a path of JSON lines or a list of dictionaries with
+        ``step`` and losses, drawn beside the no-information baseline. ``facts``: further lines for the data
+        card. Needs jinja2 and matplotlib (the extra ``eval``).
+        """
+        from scjax.eval.report import write
+
+        return write(self, Path(path), title, curves, facts or {})

@@ -1,0 +1,402 @@
+"""The whole evaluation: every representation beside its controls, on the same cells, splits and resamples."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import anndata as ad
+import numpy as np
+
+from scjax.eval import checks, tables, verdict
+from scjax.eval.annotation import annotation
+from scjax.eval.baselines import Expression, find_counts
+from scjax.eval.clustering import clustering, umap
+from scjax.eval.environment import missing, one_thread, version
+from scjax.eval.integration import integration
+from scjax.eval.results import Results, row
+
+RANDOM_INIT = "random_init"
+SIMPLE = ("pca", "hvg", "depth_only")  # the simple baselines, of which the best is compared with each model
+PACKAGES = ("numpy", "scipy", "pandas", "scikit-learn", "anndata", "scanpy", "igraph", "umap", "scjax")
+
+Features = np.ndarray | Callable[[np.ndarray], np.ndarray] | None
+
+
+@dataclass(frozen=True)
+class Representation:
+    """One line of the tables: fixed features, or a function that fits them on training rows; or why there
+    are none.
+    """
+
+    name: str
+    kind: str
+    features: Features
+    key: str = ""
+    tasks: tuple[str, ...] = tables.TASKS
+    heads: tuple[str, ...] = ("logistic", "knn")
+    absent: str = ""
+
+    def fixed(self, rows: np.ndarray) -> np.ndarray:
+        """The features when labels play no part: fitted on all rows."""
+        assert self.features is not None
+        return self.features(rows) if callable(self.features) else self.features
+
+
+@one_thread
+def run(
+    adata: ad.AnnData,
+    embeddings: Sequence[str],
+    tasks: Sequence[str] | None = None,
+    *,
+    label_key: str = "cell_type",
+    batch_key: str | None = None,
+    group_key: str | None = None,
+    controls: Mapping[str, str | Mapping[str, str]] | None = None,
+    counts: str | None = None,
+    min_class_size: int = 10,
+    max_cells: int = 20_000,
+    graph_cells: int = 3_000,
+    n_boot: int = 1000,
+    seed: int = 0,
+    pretrain_overlap: str = "unknown",
+    kbet: bool = False,
+    maps: bool = True,
+    progress: bool = False,
+) -> Results:
+    """Evaluate embeddings that lie in ``adata.obsm``, whoever made them, against the controls that they must
+    beat.
+
+    Beside the embeddings the runner always scores ``pca`` (50 components of log1p counts-per-10,000 of 2,000
+    variable genes), ``hvg`` (those genes), ``depth_only`` (log counts, log genes, mitochondrial share),
+    ``noise``, the ``majority`` class, and for integration ``oracle`` and ``collapsed``. Baselines for
+    annotation are fitted on the training cells of each fold.
+
+    Args:
+        adata: cells with embeddings in obsm and labels in obs.
+        embeddings: obsm keys to evaluate.
+        tasks: of "annotation", "clustering", "integration"; None: all that the keys given allow.
+        label_key: obs column with the labels. Missing values and words such as "unknown" count as no label.
+        batch_key: obs column with the batches to be integrated.
+        group_key: obs column with the unit to generalise to (donor, study): annotation never trains and
+            tests on cells of one group. Without it, cells are split, and every table says so.
+        controls: further obsm keys by name. "random_init" is the same architecture before training, the twin
+            of all embeddings (a key) or of each (a mapping from embedding to key). Any other name is a
+            further baseline.
+        counts: where raw counts are: a layer, "X" or "raw". None: X, layer "counts" or raw, whichever holds
+            integers; without counts those baselines are marked as skipped.
+        min_class_size: labels with fewer cells are left out and counted.
+        max_cells: larger data are sampled by label and group; graph_cells: the same for clustering,
+        integration and maps.
+        n_boot: bootstrap resamples.
+        pretrain_overlap: whether pretraining saw these cells: "none", "cell", "study" or "unknown".
+        kbet: also kBET (slow; needs scib-metrics).
+        maps: also UMAP coordinates for the report.
+        progress: show what is being computed.
+
+    Raises:
+        KeyError: a key that adata does not have (those it has are listed). ValueError: input that would give
+            a plausible but meaningless number. Both before anything is computed.
+    """
+    started = time.perf_counter()
+    tasks = _tasks(tasks, batch_key)
+    embeddings = [embeddings] if isinstance(embeddings, str) else list(embeddings)
+    twins, further = _controls(embeddings, controls or {})
+    labels = checks.column(adata.obs, label_key, "label")
+    groups = None if group_key is None else checks.column(adata.obs, group_key, "group")
+    batch = None if batch_key is None else checks.column(adata.obs, batch_key, "batch")
+    obsm = {
+        key: _obsm(adata, key) for key in dict.fromkeys([*embeddings, *twins.values(), *further.values()])
+    }
+    if not embeddings:
+        raise ValueError(f"no embeddings to evaluate; obsm holds: {', '.join(adata.obsm) or 'nothing'}")
+    cells = checks.select(labels, groups, batch, min_class_size)
+    if "integration" in tasks:
+        checks.require_shared_labels(cells)
+    n_labelled = len(cells)
+    strata = cells.label if cells.group is None else cells.label * len(cells.group_names) + cells.group
+    cells = cells.take(checks.stratified(strata, max_cells, seed))
+    table = {key: X[cells.rows] for key, X in obsm.items()}
+    representations = _representations(adata, cells, table, embeddings, twins, further, counts, tasks, seed)
+
+    shared: dict[str, Any] = {"min_class_size": min_class_size, "seed": seed, "n_boot": n_boot}
+    names = np.array(cells.label_names)[cells.label]
+    group_of = None if cells.group is None else np.array(cells.group_names)[cells.group]
+    batch_of = None if cells.batch is None else np.array(cells.batch_names)[cells.batch]
+    everything = np.arange(len(cells))
+    fixed: dict[str, np.ndarray] = {}  # features fitted on all cells, made once
+
+    def features(r: Representation) -> np.ndarray:
+        if r.name not in fixed:
+            fixed[r.name] = r.fixed(everything)
+        return fixed[r.name]
+
+    def score(task: str, r: Representation) -> Results:
+        about: dict[str, Any] = {**shared, "name": r.name, "kind": r.kind, "embedding_key": r.key}
+        if task == "annotation":
+            return annotation(r.features, names, group_of, heads=r.heads, **about)
+        if task == "clustering":
+            return clustering(features(r), names, max_cells=graph_cells, **about)
+        pca = next((p for p in representations if p.name == "pca" and not p.absent), None)
+        return integration(
+            features(r),
+            names,
+            batch_of,
+            pre=None if pca is None else features(pca),
+            kbet=kbet,
+            max_cells=graph_cells,
+            **about,
+        )
+
+    jobs = [(task, r) for task in tasks for r in representations if task in r.tasks]
+    pictures = (
+        [r for r in representations if r.kind == "model" or r.name in ("pca", *_twin_names(twins))]
+        if maps
+        else []
+    )
+    results = Results()
+    wall: dict[str, float] = {}
+    with _progress(progress, len(jobs) + len(pictures)) as advance:
+        for task, r in jobs:
+            advance(f"{task}: {r.name}")
+            begun = time.perf_counter()
+            if r.absent:
+                results.rows.append(
+                    row(
+                        task=task,
+                        model_id=r.name,
+                        model_kind=r.kind,
+                        metric=tables.HEADLINE[task][0],
+                        status="skipped",
+                        note=r.absent,
+                    )
+                )
+            else:
+                scored = score(task, r)
+                results.extend(scored)
+                results.facts |= {k: v for k, v in scored.facts.items() if k != "dropped"}
+            wall[task] = round(wall.get(task, 0) + time.perf_counter() - begun, 2)
+        _differences(results, embeddings, twins)
+        if pictures:
+            begun = time.perf_counter()
+            results.panels += _maps(
+                pictures, features, cells, label_key, batch_key or group_key, graph_cells, seed, advance
+            )
+            wall["maps"] = round(time.perf_counter() - begun, 2)
+    for entry in results.rows:
+        entry["pretrain_overlap"] = pretrain_overlap
+    results.facts |= {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "n_cells_in": adata.n_obs,
+        "n_cells_labelled": n_labelled,
+        "n_cells": len(cells),
+        "dropped": cells.dropped,
+        "label_key": label_key,
+        "labels": _sizes(cells.label, cells.label_names),
+        "group_key": group_key,
+        "groups": _sizes(cells.group, cells.group_names),
+        "n_groups": len(cells.group_names),
+        "batch_key": batch_key,
+        "batches": _sizes(cells.batch, cells.batch_names),
+        "tasks": tasks,
+        "embeddings": {k: list(table[k].shape) for k in table},
+        "twins": {m: _twin_names(twins)[i] for i, m in enumerate(twins)},
+        "min_class_size": min_class_size,
+        "graph_cells": graph_cells,
+        "n_boot": n_boot,
+        "seed": seed,
+        "pretrain_overlap": pretrain_overlap,
+        "versions": {p: v for p in PACKAGES if (v := version(p))},
+        "wall_s": {**wall, "all": round(time.perf_counter() - started, 2)},
+    }
+    return results
+
+
+def _tasks(tasks: Sequence[str] | None, batch_key: str | None) -> list[str]:
+    if tasks is None:
+        return [t for t in tables.TASKS if t != "integration" or batch_key is not None]
+    tasks = [tasks] if isinstance(tasks, str) else list(tasks)
+    if unknown := [t for t in tasks if t not in tables.TASKS]:
+        raise ValueError(f"unknown task {unknown[0]!r}; there are: {', '.join(tables.TASKS)}")
+    if "integration" in tasks and batch_key is None:
+        raise ValueError("the task 'integration' needs batch_key")
+    return [t for t in tables.TASKS if t in tasks]
+
+
+def _controls(
+    embeddings: Sequence[str], controls: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Random-initialised twins by embedding, and the other obsm keys by name."""
+    twin = controls.get(RANDOM_INIT, {})
+    twins = dict.fromkeys(embeddings, twin) if isinstance(twin, str) else dict(twin)
+    if unknown := [e for e in twins if e not in embeddings]:
+        raise KeyError(
+            f"controls['random_init'] names {unknown[0]!r}, not one of the embeddings {list(embeddings)}"
+        )
+    further = {name: key for name, key in controls.items() if name != RANDOM_INIT}
+    reserved = {*SIMPLE, "noise", "majority", "oracle", "collapsed", *embeddings}
+    if clash := reserved & set(further):
+        raise ValueError(f"controls: the name {sorted(clash)[0]!r} is taken")
+    return twins, further
+
+
+def _twin_names(twins: Mapping[str, str]) -> list[str]:
+    """What each twin is called in the tables."""
+    if len(set(twins.values())) <= 1:
+        return [RANDOM_INIT] * len(twins)
+    return [f"{RANDOM_INIT} of {model}" for model in twins]
+
+
+def _obsm(adata: ad.AnnData, key: str) -> np.ndarray:
+    if key not in adata.obsm:
+        raise KeyError(f"obsm has no {key!r}; it holds: {', '.join(adata.obsm) or 'nothing'}")
+    return checks.matrix(adata.obsm[key], key, adata.n_obs, list(adata.obs_names))
+
+
+def _representations(
+    adata: ad.AnnData,
+    cells: checks.Cells,
+    table: Mapping[str, np.ndarray],
+    embeddings: Sequence[str],
+    twins: Mapping[str, str],
+    further: Mapping[str, str],
+    counts: str | None,
+    tasks: Sequence[str],
+    seed: int,
+) -> list[Representation]:
+    """Everything that will be scored, models first."""
+    rng = np.random.default_rng([seed, 2])
+    n, width = len(cells), table[embeddings[0]].shape[1]
+    out = [Representation(key, "model", table[key], key) for key in embeddings]
+    out += [
+        Representation(name, "control", table[key], key)
+        for name, key in dict(zip(_twin_names(twins), twins.values(), strict=True)).items()
+    ]
+    out += [Representation(name, "baseline", table[key], key) for name, key in further.items()]
+    try:
+        X, genes = find_counts(adata, counts)
+        expression = Expression(X[cells.rows], genes, seed)
+        made: dict[str, Features] = {
+            "pca": expression.pca,
+            "hvg": expression.hvg,
+            "depth_only": expression.depth,
+        }
+        absent = ""
+    except (KeyError, ValueError) as error:
+        if counts is not None:
+            raise
+        made, absent = dict.fromkeys(SIMPLE), f"{error.args[0]}; say where they are with counts="
+    out += [
+        Representation(name, "control" if name == "depth_only" else "baseline", X, absent=absent)
+        for name, X in made.items()
+    ]
+    noise = rng.normal(size=(n, width)).astype(np.float32)
+    out.append(Representation("noise", "control", noise))
+    if "annotation" in tasks:
+        out.append(Representation("majority", "control", None, tasks=("annotation",), heads=("majority",)))
+    if "integration" in tasks:
+        jitter = rng.normal(size=(n, width)).astype(np.float32)
+        out.append(Representation("collapsed", "control", 1 + 1e-3 * jitter, tasks=("integration",)))
+        truth = np.eye(len(cells.label_names), dtype=np.float32)[cells.label]
+        oracle = truth + 0.01 * rng.normal(size=truth.shape).astype(np.float32)
+        out.append(Representation("oracle", "oracle", oracle, tasks=("integration",)))
+    return out
+
+
+def _differences(results: Results, embeddings: Sequence[str], twins: Mapping[str, str]) -> None:
+    """Each model against the best simple baseline (best by the leading metric, under the same head) and its
+    twin.
+    """
+    names = dict(zip(twins, _twin_names(twins), strict=True))
+    for task, head, setting in dict.fromkeys((r["task"], r["head"], r["setting"]) for r in results.rows):
+        if setting not in ("", tables.FIXED) and head != "kmeans":
+            continue
+        fixed = {
+            "task": task,
+            "head": head,
+            "setting": setting,
+            "metric": tables.HEADLINE[task][0],
+            "versus": "",
+            "label": "",
+        }
+        scores = [r for r in results.rows if all(r[k] == v for k, v in fixed.items()) and r["status"] == "ok"]
+        overall = [r for r in scores if r["group"] == tables.MEAN] or scores
+        simple = {r["model_id"]: r["value"] for r in overall if r["model_id"] in SIMPLE}
+        for model in embeddings:
+            if simple:
+                results.compare(
+                    task, head, setting, model, max(simple, key=lambda name: simple[name]), verdict.BEST
+                )
+            if model in names:
+                results.compare(task, head, setting, model, names[model], verdict.TWIN)
+
+
+def _maps(
+    pictures: Sequence[Representation],
+    features: Callable[[Representation], np.ndarray],
+    cells: checks.Cells,
+    label_key: str,
+    side_key: str | None,
+    n_cells: int,
+    seed: int,
+    advance: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """UMAP panels of a stratified sample of the cells, with the codes to colour them by."""
+    if reason := missing("scanpy", "igraph", "umap"):
+        return [{"panel": "map", "status": "skipped", "note": reason}]
+    side, side_names = (
+        (cells.batch, cells.batch_names) if cells.batch is not None else (cells.group, cells.group_names)
+    )
+    strata = cells.label if side is None else cells.label * len(side_names) + side
+    at = checks.stratified(strata, n_cells, seed)
+    colours = {"label": {"key": label_key, "names": cells.label_names, "codes": cells.label[at].tolist()}}
+    if side is not None and side_key is not None:
+        colours["batch"] = {"key": side_key, "names": side_names, "codes": side[at].tolist()}
+    panels: list[dict[str, Any]] = [{"panel": "colours", **colours}]
+    for r in pictures:
+        advance(f"map: {r.name}")
+        if not r.absent:
+            xy = umap(features(r)[at], seed)
+            panels.append(
+                {"panel": "map", "model_id": r.name, "status": "ok", "xy": np.round(xy, 2).tolist()}
+            )
+    return panels
+
+
+def _sizes(codes: np.ndarray | None, names: Sequence[str]) -> dict[str, int]:
+    return (
+        {}
+        if codes is None
+        else {n: int(c) for n, c in zip(names, np.bincount(codes, minlength=len(names)), strict=True)}
+    )
+
+
+@contextlib.contextmanager
+def _progress(show: bool, total: int) -> Iterator[Callable[[str], None]]:
+    """A function to call before each piece of work with its name."""
+    if not show:
+        yield lambda text: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    look = (
+        TextColumn("evaluating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*look) as bar:
+        task = bar.add_task("", total=total)
+        first = [True]
+
+        def advance(text: str) -> None:
+            bar.update(task, advance=0 if first else 1, description=text)
+            first.clear()
+
+        yield advance
+        bar.update(task, completed=total, description="done")

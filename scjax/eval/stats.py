@@ -1,0 +1,145 @@
+"""Scores from tables of counts, together with their bootstrap.
+
+A score is an array [1 + n_boot]: the value itself, then its value in each resample (or an array of one,
+where there is no bootstrap). Scores here are functions of small tables (confusion counts, cluster
+contingencies) or of one number per cell, so that resampling cells is re-weighting them and a thousand
+resamples cost one pass. Methods scored under the same weights are compared by subtracting their scores:
+nothing more is needed for a paired interval.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+FEW_GROUPS = 10  # with fewer groups than this, groups cannot sensibly be resampled
+
+
+def resample(n: int, n_boot: int, seed: int, name: str) -> np.ndarray:
+    """Weights uint8[1 + n_boot, n]: ones, then how often each of n units is drawn in each resample of size n.
+
+    A function of its arguments alone, so that all methods see the same resamples.
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    weights = np.ones((1 + n_boot, n), np.uint8)
+    for b in range(n_boot):
+        weights[1 + b] = np.bincount(rng.integers(n, size=n), minlength=n)
+    return weights
+
+
+def interval(score: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of the resamples of a score."""
+    tail = (1 - level) / 2
+    low, high = np.nanquantile(score[1:], [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def centred(score: np.ndarray) -> np.ndarray:
+    """A score whose resamples are moved to have its value as their mean.
+
+    A resample holds cells several times over, and the copies agree with each other: agreement of clusterings
+    comes out higher in resamples than in the data, by as much as the width of its interval.
+    """
+    return np.concatenate([score[:1], score[1:] - score[1:].mean() + score[0]]) if len(score) > 1 else score
+
+
+def tally(codes: np.ndarray, n_codes: int, weights: np.ndarray) -> np.ndarray:
+    """Weighted counts of each code: int64[len(weights), n_codes]."""
+    counts = np.zeros((len(weights), n_codes), np.int64)
+    if len(codes):
+        order = np.argsort(codes, kind="stable")
+        present, start = np.unique(codes[order], return_index=True)
+        counts[:, present] = np.add.reduceat(weights[:, order], start, axis=1, dtype=np.int64)
+    return counts
+
+
+def classification(
+    truth: np.ndarray, guess: np.ndarray, seen: np.ndarray, weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Scores of guessed classes (codes per cell) of which ``seen`` (bool[classes]) occurred in training.
+
+    F1 and recall are averaged over the classes with support among these cells and nothing else: a class that
+    is only ever guessed lowers the recall of the classes it took cells from, but adds no term of its own.
+    "macro_f1_seen" averages over the classes that could be learnt.
+    """
+    hit = truth == guess
+    hits = tally(truth[hit], len(seen), weights[:, hit])
+    support, guessed = (tally(codes, len(seen), weights) for codes in (truth, guess))
+    supported = support > 0
+    f1 = np.where(supported, 2 * hits / np.maximum(support + guessed, 1), np.nan)
+    recall = np.where(supported, hits / np.maximum(support, 1), np.nan)
+    total = support.sum(1)
+    return {
+        "macro_f1": _row_mean(f1),
+        "balanced_accuracy": _row_mean(recall),
+        "accuracy": hits.sum(1) / total,
+        "macro_f1_seen": _row_mean(np.where(seen, f1, np.nan)),
+        "out_of_set_rate": (guessed * ~supported).sum(1) / total,
+    }
+
+
+def agreement(truth: np.ndarray, clusters: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Adjusted Rand index and normalised mutual information (arithmetic mean) of labels and clusters
+    (codes).
+    """
+    shape = (int(truth.max()) + 1, int(clusters.max()) + 1)
+    table = tally(truth * shape[1] + clusters, shape[0] * shape[1], weights).reshape(-1, *shape).astype(float)
+    n, rows, columns = table.sum((1, 2)), table.sum(2), table.sum(1)
+
+    def pairs(x: np.ndarray) -> np.ndarray:
+        return x * (x - 1) / 2
+
+    together, in_rows, in_columns = pairs(table).sum((1, 2)), pairs(rows).sum(1), pairs(columns).sum(1)
+    chance = in_rows * in_columns / np.maximum(pairs(n), 1)
+    room = (in_rows + in_columns) / 2 - chance
+    ari = np.where(room > 0, (together - chance) / np.where(room > 0, room, 1), 1.0)
+
+    def entropy(counts: np.ndarray) -> np.ndarray:
+        p = counts.reshape(len(n), -1) / n[:, None]
+        return -(p * np.log(np.where(p > 0, p, 1))).sum(1)
+
+    size = (entropy(rows) + entropy(columns)) / 2
+    mutual = np.maximum(2 * size - entropy(table), 0)
+    nmi = np.where(size > 0, mutual / np.where(size > 0, size, 1), 1.0)
+    return {"nmi": centred(nmi), "ari": centred(ari)}
+
+
+def mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean of one number per cell; cells with NaN are left out."""
+    known = np.isfinite(values)
+    drawn = weights[:, known].sum(1, dtype=float)
+    return weights[:, known] @ values[known] / np.where(drawn > 0, drawn, np.nan)
+
+
+def mean_over_labels(values: np.ndarray, label: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean over labels of the mean over their cells; cells with NaN are left out."""
+    parts = [
+        mean(values[label == i], weights[:, label == i])
+        for i in np.unique(label)
+        if np.isfinite(values[label == i]).any()
+    ]
+    return _row_mean(np.stack(parts, 1)) if parts else np.full(len(weights), np.nan)
+
+
+def median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Median of one number per cell; cells with NaN are left out."""
+    known = np.flatnonzero(np.isfinite(values))
+    order = known[np.argsort(values[known], kind="stable")]
+    mass = np.cumsum(weights[:, order], axis=1, dtype=np.int64)
+    middle = [(mass >= (mass[:, -1:] + i) // 2).argmax(1) for i in (1, 2)]
+    return values[order][np.stack(middle)].mean(0)
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray, n_bins: int = 15) -> float:
+    """Expected calibration error with bins of equal mass."""
+    order = np.argsort(confidence, kind="stable")
+    bins = [b for b in np.array_split(order, n_bins) if len(b)]
+    return float(sum(abs(confidence[b].mean() - correct[b].mean()) * len(b) for b in bins) / len(confidence))
+
+
+def _row_mean(values: np.ndarray) -> np.ndarray:
+    """Mean of each row without its NaN; NaN where nothing is left."""
+    known = ~np.isnan(values)
+    n = known.sum(1)
+    return np.where(known, values, 0).sum(1) / np.where(n > 0, n, np.nan)
