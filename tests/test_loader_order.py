@@ -147,8 +147,13 @@ def test_refills_are_spread_over_the_steps_for_every_host(processes):
 
 
 def test_small_corpora_get_smaller_blocks():
-    assert default_block(10**8, 256) == 1024
-    assert default_block(5000, 64) == 16
+    assert default_block(10**8, 256, 140) == 1024
+    assert default_block(500_000, 256, 140) == 512
+    assert default_block(5000, 64, 140) == 512
+    assert default_block(5000, 64, 5) == 16
+
+
+def test_lanes_by_default():
     assert [default_lanes(b) for b in (1, 7, 48, 64, 256, 1024, 1536)] == [1, 1, 16, 64, 256, 256, 256]
 
 

@@ -160,4 +160,7 @@ def test_memory_of_a_batch_that_was_let_go_is_used_again(corpus):
     assert not np.shares_memory(view, second["b"])
     place = view.ctypes.data
     del view, second
-    assert slabs.take(fields)["b"][2:].ctypes.data == place
+    again = slabs.take(fields)["b"][2:].ctypes.data
+    assert again == place
+    shorter = slabs.take({"a": ((2, 5), np.int32)})["a"].ctypes.data
+    assert shorter == slabs.take(fields)["a"].ctypes.data

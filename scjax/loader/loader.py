@@ -105,7 +105,8 @@ class Loader:
         if last.first_row + last.n_cells > 2**32:
             raise ValueError(f"{corpus.path}: has more cells than row numbers of 32 bits can tell apart")
 
-        n_rows = sum(part.n_cells for part in self.parts)
+        n_rows, nnz = sum(part.n_cells for part in self.parts), sum(part.nnz for part in self.parts)
+        chunk_rows = max(part.inner for part in self.parts) * n_rows / max(nnz, 1)
         lanes = default_lanes(self.batch_size) if lanes is None else int(lanes)
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
@@ -119,7 +120,7 @@ class Loader:
             batch_size=self.batch_size,
             lanes=lanes,
             window=int(window),
-            block=default_block(n_rows, lanes) if block is None else int(block),
+            block=default_block(n_rows, lanes, chunk_rows) if block is None else int(block),
             seed=self.seed,
             salt=f"{corpus.manifest_id}/{split}",
             shuffle=bool(shuffle),

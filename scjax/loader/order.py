@@ -52,10 +52,11 @@ def default_lanes(batch_size: int) -> int:
     return min(MAX_LANES, batch_size & -batch_size)
 
 
-def default_block(n_rows: int, lanes: int) -> int:
-    """1024 rows, less where a lane would otherwise hold fewer than four blocks."""
+def default_block(n_rows: int, lanes: int, chunk_rows: float) -> int:
+    """1024 rows, less where a lane would otherwise hold fewer than four blocks; but a few times what is
+    decompressed at a time (``chunk_rows``), as the rest of a chunk is decompressed for nothing."""
     block = 1024
-    while block > 16 and block * 4 * lanes > n_rows:
+    while block > max(16, 4 * chunk_rows) and block * 4 * lanes > n_rows:
         block //= 2
     return block
 

@@ -129,13 +129,13 @@ class Slabs:
 
     A batch is a set of views of one slab, and every view, or view of a view, refers to the slab itself. So
     does a JAX array that took the memory of a view over without a copy, as JAX does on the CPU. A slab with
-    no reference but the pool's own is free.
+    no reference but the pool's own is free. A slab made for long batches serves short ones as well.
     """
 
     def __init__(self, limit: int):
-        """At most ``limit`` slabs of each size are kept; further ones are given away."""
+        """At most ``limit`` slabs are kept; what is needed beyond them is given away."""
         self._limit = limit
-        self._slabs: dict[int, list[np.ndarray]] = {}
+        self._slabs: list[np.ndarray] = []
 
     def take(self, fields: dict[str, tuple[tuple[int, ...], Any]]) -> dict[str, np.ndarray]:
         """Uninitialised arrays: name -> (shape, dtype) in, name -> array out."""
@@ -152,11 +152,14 @@ class Slabs:
         }
 
     def _free(self, size: int) -> np.ndarray:
-        slabs = self._slabs.setdefault(size, [])
-        for i in range(len(slabs)):
-            if sys.getrefcount(slabs[i]) == 2:  # the list's reference and that of this call
-                return slabs[i]
+        # one reference is the list's, one that of the call
+        free = [i for i in range(len(self._slabs)) if sys.getrefcount(self._slabs[i]) == 2]
+        for i in free:
+            if self._slabs[i].size >= size:
+                return self._slabs[i]
         slab = np.empty(size, np.uint8)
-        if len(slabs) < self._limit:
-            slabs.append(slab)
+        if free:
+            self._slabs[free[0]] = slab
+        elif len(self._slabs) < self._limit:
+            self._slabs.append(slab)
         return slab

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import heapq
-import operator
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -23,11 +23,11 @@ from scjax.loader.pack import Slabs, pack
 from scjax.types import CellBatch
 
 if TYPE_CHECKING:
-    from scjax.corpus import Part
     from scjax.loader.loader import Loader
 
 READ_THREADS = 2
 READ_AHEAD = 4  # windows, at least
+OPEN_LABELS = 256  # files of label codes
 
 
 @dataclasses.dataclass
@@ -70,6 +70,8 @@ class Pipeline:
         self._lanes = range(loader.lanes_here.start, loader.lanes_here.stop)
         self._first_rows = np.array([part.first_row for part in loader.parts])
         self._dtypes = loader.count_dtypes
+        # mapping a file anew for every window would cost more than its counts; each map holds a file open
+        self._codes = functools.lru_cache(OPEN_LABELS)(lambda name, part: loader.parts[part].codes(name))
         self._key = {e: int(random_bits("genes", loader.seed, e, n=1)[0]) for e in (epoch,)}
         self._slabs = Slabs(keep_batches)
 
@@ -126,14 +128,14 @@ class Pipeline:
             loader.readers[which].read_spans([(low, high)], counts.indices[at:upto], counts.data[at:upto])
             at = upto
 
-        def column(of: Callable[[Part], np.ndarray], dtype: type, filler: int) -> np.ndarray:
-            return _hand_out(_join([of(parts[p])[a:b] for p, a, b in pieces], dtype), slots, filler)
+        def column(of: Callable[[int], np.ndarray], dtype: type, filler: int) -> np.ndarray:
+            return _hand_out(_join([of(p)[a:b] for p, a, b in pieces], dtype), slots, filler)
 
-        labels = [column(operator.methodcaller("codes", name), np.int32, -1) for name in loader.labels]
+        labels = [column(functools.partial(self._codes, name), np.int32, -1) for name in loader.labels]
         content = Content(
             counts,
             begins=_hand_out(ends - lengths, slots, 0),
-            depth=column(lambda part: part.total, np.float32, 0),
+            depth=column(lambda p: parts[p].total, np.float32, 0),
             labels=np.stack(labels) if labels else np.empty((0, len(slots)), np.int32),
         )
         return Window(lane, start, stop, rows, handed, content)
