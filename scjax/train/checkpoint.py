@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import logging
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -92,11 +94,24 @@ def _fingerprint(tree: Any) -> dict[str, int]:
     return {name: int(value) for name, value in _fingerprints(_leaves(tree)).items()}
 
 
-class _QuietOrbax(logging.Filter):
-    """Orbax logs the traceback of a failed write from each of its threads, and then raises it."""
-
+class _WithoutOrbax(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         return "orbax" not in pathlib.PurePath(record.pathname).parts
+
+
+@functools.cache
+def _quiet_orbax() -> None:
+    """Leaves a failure to whoever raises it. Of a write that fails Orbax also logs the traceback, from
+    each of its threads. When one of many concurrent reads fails it closes its event loop under the
+    others, each of which complains to the interpreter, at any time later."""
+    logging.getLogger("absl").addFilter(_WithoutOrbax())
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            previous(unraisable)
+
+    sys.unraisablehook = hook
 
 
 class Checkpoints:
@@ -112,9 +127,7 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).absolute()
         self.identity = dict(identity)
         self._saving: int | None = None
-        absl = logging.getLogger("absl")
-        if not any(isinstance(f, _QuietOrbax) for f in absl.filters):
-            absl.addFilter(_QuietOrbax())
+        _quiet_orbax()
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=LatestN(keep), cleanup_tmp_directories=True
         )
@@ -277,6 +290,7 @@ def restore_variables(
       FileNotFoundError: no (such) checkpoint; names those there are.
       CheckpointError: it holds a model of another shape, or is damaged.
     """
+    _quiet_orbax()
     directory = pathlib.Path(directory).absolute()
     steps = checkpoint_steps(directory)
     if not steps or (step is not None and step not in steps):

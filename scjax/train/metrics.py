@@ -149,8 +149,9 @@ class MetricsLog:
         except OSError as error:
             raise OSError(error.errno, f"cannot write metrics: {error.strerror}", str(self.path)) from error
         if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+            for name, value in finite.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
         if self._file is not None:

@@ -1,0 +1,389 @@
+"""Checkpoints, metrics, run directories: what is saved comes back, and what must not be used is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from tiny_model import tiny
+
+from scjax.genes import Vocabulary
+from scjax.nn.module import shapes_of
+from scjax.parallel import MeshConfig, make_mesh
+from scjax.train import (
+    CheckpointError,
+    Checkpoints,
+    Meter,
+    MetricsLog,
+    NonFiniteLoss,
+    OptimizerConfig,
+    RunProgress,
+    TrainConfig,
+    abstract_state,
+    checkpoint_steps,
+    describe,
+    identity,
+    make_optimizer,
+    open_run,
+    read_metrics,
+    read_run,
+    restore_variables,
+    shardings_of,
+)
+
+IDENTITY = {"system": "tiny", "seed": 0, "corpus": "abc", "model": {"d_model": 16, "sizes": (1, 2)}}
+CURSOR = {"epoch": 1, "step": 7}
+
+
+def abstract_on(config: MeshConfig, devices: int, **model):
+    mesh = make_mesh(config, jax.devices()[:devices])
+    abstract = tiny(**model)
+    tx, _ = make_optimizer(OptimizerConfig(1e-2), 10, abstract)
+    return abstract_state(abstract, tx, mesh)
+
+
+def filled(abstract, seed: int = 0):
+    """A state of random numbers."""
+    rng = np.random.default_rng(seed)
+    draw = lambda a: (100 * rng.standard_normal(a.shape)).astype(a.dtype)  # noqa: E731
+    return jax.device_put(jax.tree.map(draw, abstract), shardings_of(abstract))
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.fixture(scope="module")
+def abstract():
+    return abstract_on(MeshConfig(2, 2, 2), 8)
+
+
+def save(directory, state, *steps, **options):
+    checkpoints = Checkpoints(directory, IDENTITY, **options)
+    for step in steps:
+        checkpoints.save(step, state, {**CURSOR, "at": step})
+    checkpoints.close()
+
+
+# -------------------------------------------------------------------------------------- round trip
+
+
+def test_round_trip_onto_another_mesh(tmp_path, abstract):
+    state = filled(abstract)
+    save(tmp_path, state, 3)
+    for other in (abstract, abstract_on(MeshConfig(1, 4, 1), 4), abstract_on(MeshConfig(1, 1, 1), 1)):
+        restored = Checkpoints(tmp_path, IDENTITY).restore(other)
+        assert restored.step == 3 and restored.cursor == {**CURSOR, "at": 3}
+        assert_equal(restored.state, state)
+        jax.tree.map(
+            lambda x, a: x.sharding == a.sharding or pytest.fail(str(x.sharding)), restored.state, other
+        )
+
+
+def test_nothing_to_restore(tmp_path, abstract):
+    assert Checkpoints(tmp_path / "checkpoints", IDENTITY).restore(abstract) is None
+
+
+def test_only_the_newest_are_kept(tmp_path, abstract):
+    save(tmp_path, filled(abstract), 1, 2, 3, 4, keep=2)
+    assert checkpoint_steps(tmp_path) == [3, 4]
+    checkpoints = Checkpoints(tmp_path, IDENTITY)
+    checkpoints.save(4, filled(abstract, seed=1), CURSOR)  # already there: left as it is
+    assert_equal(checkpoints.restore(abstract).state, filled(abstract))
+
+
+def test_a_state_may_be_donated_while_it_is_written(tmp_path, abstract):
+    state = filled(abstract)
+    expected = jax.tree.map(np.array, jax.device_get(state))
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path, IDENTITY)
+    checkpoints.save(1, state, CURSOR)
+    for _ in range(3):
+        state = overwrite(state)
+    jax.block_until_ready(state)
+    checkpoints.close()
+    assert_equal(Checkpoints(tmp_path, IDENTITY).restore(abstract).state, expected)
+
+
+def test_variables_alone(tmp_path, abstract):
+    state = filled(abstract)
+    save(tmp_path, state, 3, 5)
+    shapes = shapes_of(tiny())
+    variables, step = restore_variables(tmp_path, shapes)
+    assert step == 5 and set(variables) == {"params", "buffers"}
+    assert_equal(variables, {"params": state["params"], "buffers": state["buffers"]})
+    assert all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(variables))
+    assert restore_variables(tmp_path, shapes, 3)[1] == 3
+    with pytest.raises(FileNotFoundError, match="no checkpoint 4 in .*; there are 3, 5"):
+        restore_variables(tmp_path, shapes, 4)
+    with pytest.raises(FileNotFoundError, match="there is none"):
+        restore_variables(tmp_path / "nowhere", shapes)
+    with pytest.raises(
+        CheckpointError, match=r"another model: params/blocks/down/bias: float32\[2, 16\] -> "
+    ):
+        restore_variables(tmp_path, shapes_of(tiny(d_model=8)))
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"corpus": "xyz"}, "corpus: abc -> xyz"),
+        ({"model": {"d_model": 32, "sizes": (1, 2)}}, "model.d_model: 16 -> 32"),
+        ({"model": {"d_model": 16}}, r"model.sizes: \[1, 2\] -> absent"),
+    ],
+)
+def test_another_run_is_refused(tmp_path, abstract, change, told):
+    save(tmp_path, filled(abstract), 1)
+    with pytest.raises(CheckpointError, match=told):
+        Checkpoints(tmp_path, IDENTITY | change).restore(abstract)
+
+
+def test_another_shape_is_refused_not_taken_for_damage(tmp_path, abstract):
+    save(tmp_path, filled(abstract), 1)
+    with pytest.raises(
+        CheckpointError,
+        match=r"checkpoint 1 in .* has another shape of state: .*\[2, 16\] -> float32\[2, 8\].* more",
+    ):
+        Checkpoints(tmp_path, IDENTITY).restore(abstract_on(MeshConfig(1, 1, 1), 1, d_model=8))
+    assert checkpoint_steps(tmp_path) == [1]
+
+
+# ------------------------------------------------------------------------------------------ damage
+
+
+def cut(path: pathlib.Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: pathlib.Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def arrays(step: pathlib.Path) -> list[pathlib.Path]:
+    found = [p for p in (step / "state").rglob("*") if p.is_file() and p.parent.name == "d"]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("name", ["cut data", "flipped bit", "no state", "cut meta", "no cursor"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, abstract, capsys, name):
+    states = [filled(abstract, seed) for seed in (0, 1)]
+    for step, state in zip((4, 8), states, strict=True):
+        save(tmp_path, state, step)
+    newest = tmp_path / "8"
+    {
+        "cut data": lambda: [cut(path) for path in arrays(newest)],
+        "flipped bit": lambda: [flip(path) for path in arrays(newest)],
+        "no state": lambda: shutil.rmtree(newest / "state"),
+        "cut meta": lambda: cut(newest / "meta" / "metadata"),
+        "no cursor": lambda: (newest / "data" / "metadata").unlink(),
+    }[name]()
+    checkpoints = Checkpoints(tmp_path, IDENTITY)
+    restored = checkpoints.restore(abstract)
+    assert restored.step == 4
+    assert_equal(restored.state, states[0])
+    assert "checkpoint 8 cannot be read and is set aside; going on from 4" in capsys.readouterr().out
+    assert (tmp_path / "8.damaged").is_dir()
+    # and the run can save that step again
+    checkpoints.save(8, states[1], CURSOR)
+    checkpoints.close()
+    assert_equal(Checkpoints(tmp_path, IDENTITY).restore(abstract).state, states[1])
+
+
+def test_no_checkpoint_can_be_read(tmp_path, abstract):
+    save(tmp_path, filled(abstract), 4)
+    for path in arrays(tmp_path / "4"):
+        cut(path)
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read: 4: "):
+        Checkpoints(tmp_path, IDENTITY).restore(abstract)
+    with pytest.raises(CheckpointError, match="4 cannot be read"):
+        restore_variables(tmp_path, shapes_of(tiny()))
+    assert (tmp_path / "4").is_dir()
+
+
+def test_an_unfinished_checkpoint_is_not_one(tmp_path, abstract):
+    save(tmp_path, filled(abstract), 4)
+    shutil.copytree(tmp_path / "4", tmp_path / "8.orbax-checkpoint-tmp")
+    assert checkpoint_steps(tmp_path) == [4]
+    assert Checkpoints(tmp_path, IDENTITY).restore(abstract).step == 4
+    assert not (tmp_path / "8.orbax-checkpoint-tmp").exists()
+
+
+def test_full_disk(tmp_path):
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    big = jax.ShapeDtypeStruct((1_000_000,), jnp.float32, sharding=NamedSharding(mesh, P()))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("FULL DISK NOT TESTED: only root may mount the small file system that this test fills")
+    try:
+        state = filled({"w": big})
+        checkpoints = Checkpoints(disk / "checkpoints", IDENTITY)
+        checkpoints.save(1, state, CURSOR)
+        checkpoints.wait()
+        told = r"cannot save checkpoint [23] in .*: the disk is full; checkpoint [12] is intact"
+        with pytest.raises(OSError, match=told) as error:
+            for step in (2, 3, 4):
+                checkpoints.save(step, state, CURSOR)
+                checkpoints.wait()
+        assert error.value.errno == 28
+        assert not list((disk / "checkpoints").glob("*tmp*"))
+        restored = Checkpoints(disk / "checkpoints", IDENTITY).restore({"w": big})
+        assert_equal(restored.state, state)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+# ----------------------------------------------------------------------------------------- metrics
+
+
+def metrics(loss: float, weight: float = 2.0, norm: float = 1.0, cells: float = 4.0):
+    pairs = {"loss": (loss, weight), "grad_norm": (norm, 1.0), "cells": (cells, 1.0), "extra": (0.0, 0.0)}
+    return jax.tree.map(jnp.float32, pairs)
+
+
+def test_meter_weights_its_mean_and_reads_late():
+    meter = Meter()
+    meter.add(1, metrics(2.0, 2.0))
+    meter.add(2, metrics(10.0, 8.0, norm=3.0))
+    assert meter.mean("train") == {"train/loss": 1.2, "train/grad_norm": 2.0}
+    assert meter.cells_per_second > 0
+    meter.add(3, metrics(8.0, 2.0))
+    assert meter.mean("train")["train/loss"] == 4.0
+
+    meter.add(4, metrics(float("nan")))  # not read yet
+    with pytest.raises(NonFiniteLoss, match="step 4: loss nan. Nothing from this step on is saved"):
+        meter.add(5, metrics(1.0))
+    meter = Meter()
+    meter.add(4, metrics(1.0, norm=float("inf")))
+    with pytest.raises(NonFiniteLoss, match="step 4: grad norm inf"):
+        meter.mean("train")
+
+
+def test_metrics_continue_where_the_run_does(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in (10, 20, 30):
+        log.write(step, {"train/loss": 1 / step, "train/odd": float("nan")})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "train/lo')  # killed while writing
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [10, 20, 30]
+    log = MetricsLog(tmp_path, step=20)
+    log.write(30, {"train/loss": 0.5})
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": 10, "train/loss": 0.1, "train/odd": None},
+        {"step": 20, "train/loss": 0.05, "train/odd": None},
+        {"step": 30, "train/loss": 0.5},
+    ]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_metrics_without_tensorboard(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
+    log = MetricsLog(tmp_path)
+    log.write(1, {"train/loss": 1.0})
+    log.close()
+    assert capsys.readouterr().out.count("\n") == 1
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 1.0}]
+    assert not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_step_loss_speed_and_time_left(terminal, tmp_path):
+    with (tmp_path / "out").open("w") as file:
+        with RunProgress(20, 5, Console(file=file, force_terminal=terminal, width=100)) as progress:
+            progress.advance(9)
+            progress.report(10, 0.25, 1234.5)
+            progress.say("saved [10]")
+    shown = (tmp_path / "out").read_text()
+    for text in ("step 10/20", "loss 0.2500", "1,234 cells/s", "saved [10]"):
+        assert text in shown
+    assert terminal or "left" in shown
+
+
+def test_due():
+    config = TrainConfig(steps=10, eval_every=4)
+    assert [s for s in range(1, 11) if config.due(config.eval_every, s)] == [4, 8, 10]
+    assert [s for s in range(1, 11) if config.due(config.checkpoint_every, s)] == [10]
+
+
+# ----------------------------------------------------------------------------------- run directory
+
+
+def about(**changes):
+    vocabulary = Vocabulary([f"G{i}" for i in range(48)])
+    fields = {"system": "tiny_model:Tiny", "config": {"d_model": 8}, "corpus": "abc", "seed": 0} | changes
+    return describe(fields.pop("system"), fields.pop("config"), vocabulary, **fields), vocabulary
+
+
+def test_a_run_describes_itself(tmp_path):
+    model, vocabulary = about()
+    run = open_run(tmp_path / "run", {"train": {"steps": 3}}, model, vocabulary)
+    again = read_run(tmp_path / "run")
+    assert again.model == run.model == model and again.config == {"train": {"steps": 3}}
+    assert again.vocabulary.hash == vocabulary.hash
+    assert model["model"]["d_model"] == 8 and model["model"]["n_layers"] == 2  # defaults are filled in
+    # more steps are not another run
+    open_run(tmp_path / "run", {"train": {"steps": 5}}, model, vocabulary)
+    assert read_run(tmp_path / "run").config == {"train": {"steps": 5}}
+    assert not list((tmp_path / "run").glob(".*"))
+
+    Vocabulary(["X"]).to_tsv(tmp_path / "run" / "vocabulary.tsv")
+    with pytest.raises(ValueError, match="vocabulary.tsv has been changed"):
+        _ = read_run(tmp_path / "run").vocabulary
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"seed": 3}, "seed: 0 -> 3"),
+        ({"corpus": "xyz"}, "corpus: abc -> xyz"),
+        ({"config": {"d_model": 12}}, "model.d_model: 8 -> 12"),
+    ],
+)
+def test_a_changed_run_is_refused(tmp_path, changes, told):
+    open_run(tmp_path / "run", {}, *about())
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(CheckpointError, match=told):
+        open_run(tmp_path / "run", {"new": 1}, *about(**changes))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_directory_with_something_else_is_refused(tmp_path):
+    model, vocabulary = about()
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(FileExistsError, match="not a run directory but holds thesis.tex"):
+        open_run(tmp_path, {}, model, vocabulary)
+    with pytest.raises(FileExistsError, match="is a file"):
+        open_run(tmp_path / "thesis.tex", {}, model, vocabulary)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="not that of a scjax run"):
+        open_run(tmp_path / "other", {}, model, vocabulary)
+    (tmp_path / "empty").mkdir()
+    assert open_run(tmp_path / "empty", {}, model, vocabulary).path.is_dir()
+    with pytest.raises(FileNotFoundError, match="no model.json"):
+        read_run(tmp_path)
+
+
+def test_identity_leaves_the_version_out():
+    assert set(identity(about()[0])) == {"system", "model", "seed", "corpus", "vocabulary"}
