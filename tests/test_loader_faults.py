@@ -1,5 +1,6 @@
 """What may go wrong around a loader: threads left behind, processes that end, damaged files."""
 
+import gc
 import subprocess
 import sys
 import threading
@@ -33,6 +34,11 @@ def test_closing_ends_the_threads(corpus):
     assert background() == before
     with pytest.raises(ValueError, match="closed"):
         next(iterator)
+    dropped = iter(Loader(corpus, 32, window=8))
+    next(dropped)
+    del dropped
+    gc.collect()
+    assert background() == before
 
 
 def test_a_process_that_forgets_to_close_still_ends(corpus):

@@ -102,7 +102,7 @@ def pack(
     *,
     lut: np.ndarray | None = None,
     max_genes: int | None = None,
-    key: int = 0,
+    key: int | np.integer = 0,
 ) -> None:
     """Copies B sparse rows into padded arrays. Releases the GIL.
 

@@ -72,7 +72,9 @@ class Pipeline:
         self._dtypes = loader.count_dtypes
         # mapping a file anew for every window would cost more than its counts; each map holds a file open
         self._codes = functools.lru_cache(OPEN_LABELS)(lambda name, part: loader.parts[part].codes(name))
-        self._key = {e: int(random_bits("genes", loader.seed, e, n=1)[0]) for e in (epoch,)}
+        self._key = functools.lru_cache(1)(
+            lambda epoch: int(random_bits("genes", loader.seed, epoch, n=1)[0])
+        )
         self._slabs = Slabs(keep_batches)
 
         width, here = order.steps_per_window * order.rows_per_lane, len(self._lanes)
@@ -223,9 +225,6 @@ class Pipeline:
         labels = out.pop("labels")
         for codes, table in zip(labels, self._labels, strict=True):
             codes[:] = table.ravel()[mine]
-        epoch = self._now // order.steps_per_epoch
-        if epoch not in self._key:
-            self._key = {epoch: int(random_bits("genes", loader.seed, epoch, n=1)[0])}
         pack(
             self._indices_at.ravel()[mine],
             self._data_at.ravel()[mine],
@@ -237,7 +236,7 @@ class Pipeline:
             out["n_genes"],
             lut=loader.lut,
             max_genes=loader.max_genes,
-            key=self._key[epoch],
+            key=self._key(self._now // order.steps_per_epoch),
         )
         return CellBatch(**out, label=dict(zip(loader.labels, labels, strict=True)), value={})
 
