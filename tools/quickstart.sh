@@ -9,7 +9,7 @@ say() { printf '\n\033[1m[%s] %s\033[0m\n' "$1" "$2"; }
 
 say 1/4 "Two studies of human blood cells, as raw counts, into one corpus"
 mkdir -p "$run"
-studies=$("$python" -c 'import scjax.datasets as d; print(*d.pbmc_paths())')
+studies=$("$python" -c 'import scjax.datasets as d; print(*d.pbmc_paths().values())')
 [ -e "$run/corpus/HEAD" ] || scjax corpus build $studies --out "$run/corpus" --validation 0.05
 [ -e "$run/genes.tsv" ] || scjax corpus genes "$run/corpus" --top 1500 --out "$run/genes.tsv"
 
@@ -20,7 +20,8 @@ say 2/4 "Pretraining: hide values, predict them (no label is used)"
 say 3/4 "Embedding the cells and probing: fit on one study, score on the other"
 "$python" -c "import scjax; scjax.datasets.pbmc().write_h5ad('$run/pbmc.h5ad')"
 scjax eval "$run/pbmc.h5ad" --model "$run" --tasks annotation clustering integration \
-    --label cell_type --batch study --group study --out "$run/eval" --force --title "scjax quickstart"
+    --label cell_type --batch study --group study --pretrain-overlap cell \
+    --out "$run/eval" --force --title "scjax quickstart"
 cp "$run/eval/report.html" "$run/report.html"
 
 say 4/4 "Done"

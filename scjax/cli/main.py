@@ -138,12 +138,13 @@ def evaluate(args: argparse.Namespace) -> int:
                          f"obsm of {args.input} holds {sorted(adata.obsm)}")  # fmt: skip
     results = scjax.eval.run(
         adata, embeddings=embeddings, tasks=args.tasks, label_key=args.label, batch_key=args.batch,
-        group_key=args.group, controls=controls, counts=args.layer, seed=args.seed, progress=True,
+        group_key=args.group, controls=controls, counts=args.layer, seed=args.seed,
+        pretrain_overlap=args.pretrain_overlap, progress=True,
     )  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
     results.to_jsonl(directory / "results.jsonl")
+    out.print(results)
     results.report(directory / "report.html", title=args.title, curves=curves, facts=facts)
-    out.print(results.table())
     out.print(f"report: {directory / 'report.html'}")
     return 0
 
@@ -233,6 +234,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--label", required=True, metavar="COLUMN", help="obs column to predict")
     command.add_argument("--batch", metavar="COLUMN", help="obs column of batches (integration)")
     command.add_argument("--group", metavar="COLUMN", help="obs column that splits never cut through (donor, study)")
+    command.add_argument("--pretrain-overlap", default="unknown", choices=("none", "study", "cell", "unknown"),
+                         help="what the models saw of these cells in pretraining; noted in every result")  # fmt: skip
     command.add_argument("--out", required=True, metavar="DIR")
     command.add_argument("--title", default=None)
     command.add_argument("--seed", type=int, default=0)
