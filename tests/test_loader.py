@@ -296,6 +296,29 @@ def test_genes_of_another_vocabulary(corpus):
         Loader(corpus, 32, vocabulary=Vocabulary(["ENSG99999999999"]))
 
 
+@pytest.mark.parametrize("group_lengths", [False, True])
+def test_a_small_vocabulary_makes_narrow_batches(corpus, monkeypatch, group_lengths):
+    """Widths follow the genes that are kept, alike on all hosts; uncounted, a bound takes their place."""
+    few = Vocabulary(corpus.vocabulary.ids[::9])
+    options = {"vocabulary": few, "group_lengths": group_lengths, "n_buckets": 8}
+    loader = Loader(corpus, 32, **options)
+    whole = take(loader, loader.steps_per_epoch)
+    assert max(loader.bucket_lengths) < min(Loader(corpus, 32).bucket_lengths)
+    kept = [(corpus.read(batch.row).X[:, ::9] > 0).sum(1) for batch in whole]
+    for batch, n in zip(whole, kept, strict=True):
+        used = batch.weight > 0
+        np.testing.assert_array_equal(batch.n_genes[used], np.asarray(n).ravel()[used])
+        assert batch.shape[1] == min(length for length in loader.bucket_lengths if length >= batch.n_genes.max())
+    halves = [take(Loader(corpus, 32, **options, process_index=i, process_count=2), 5) for i in range(2)]
+    for batch, first, second in zip(whole, *halves, strict=False):
+        np.testing.assert_array_equal(batch.gene_id, np.concatenate([first.gene_id, second.gene_id]))
+    monkeypatch.setattr("scjax.loader.loader._COUNTED", 0)
+    bounded = take(Loader(corpus, 32, vocabulary=few), 3)
+    for a, b in zip(bounded, take(Loader(corpus, 32, vocabulary=few, n_buckets=1), 3), strict=True):
+        np.testing.assert_array_equal(a.row, b.row)
+        np.testing.assert_array_equal(a.n_genes, b.n_genes)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from scjax.genes import Vocabulary
 
 STATE_FORMAT = "scjax-loader-1"
+_COUNTED = 2**29  # elements of a corpus that are counted through, seconds of reading
+_AT_ONCE = 8192  # cells
 _SAMPLE = 2**18  # cells whose lengths stand for the corpus when bucket lengths are chosen
 
 
@@ -144,7 +146,11 @@ class Loader:
             if not (self.lut >= 0).any():
                 raise ValueError("none of the genes of the corpus is in the given vocabulary")
 
-        top = max(part.max_nnz for part in self.parts)
+        shards = ShardCache()
+        self.readers = [PartReader(part, shards) for part in self.parts]
+        self.genes_per_cell = self._genes_per_cell()
+        top = max(int(genes.max()) for genes in self.genes_per_cell) if self.lut is not None else 0
+        top = top or max(part.max_nnz for part in self.parts)
         sample = self._sample_lengths()
         if max_genes is not None and max_genes < top:
             top, sample = max_genes, np.minimum(sample, max_genes)
@@ -152,8 +158,6 @@ class Loader:
             top = round_up(top)
         self.bucket_lengths = choose_lengths(batch_lengths(sample, self.order), top, n_buckets)
 
-        shards = ShardCache()
-        self.readers = [PartReader(part, shards) for part in self.parts]
         indices = np.result_type(*(part.index_dtype for part in self.parts))
         counts = {np.dtype(part.x_dtype) for part in self.parts}
         floats = any(dtype.kind == "f" for dtype in counts)
@@ -162,7 +166,33 @@ class Loader:
     def _sample_lengths(self) -> np.ndarray:
         """Expressed genes of some cells of every part. Cells are shuffled on disk: any are as good."""
         share = -(-_SAMPLE // len(self.parts))
-        return np.concatenate([part.nnz_per_cell[:share] for part in self.parts]).astype(np.int64)
+        return np.concatenate([genes[:share] for genes in self.genes_per_cell]).astype(np.int64)
+
+    def _genes_per_cell(self) -> list[np.ndarray]:
+        """Per part and cell, how many genes it brings into a batch (int [n_cells]), or a bound on it.
+
+        Every process needs this of every cell to agree on the width of a batch. Without a vocabulary of the
+        loader's own it is what the index says. With one it is counted by reading the genes once, which is
+        seconds; for corpora that are too large for that, no more than the vocabulary holds.
+        """
+        if self.lut is None:
+            return [part.nnz_per_cell for part in self.parts]
+        kept = self.lut >= 0
+        if sum(part.nnz for part in self.parts) > _COUNTED:
+            return [np.minimum(part.nnz_per_cell, np.uint32(kept.sum())) for part in self.parts]
+        counted = []
+        for part, reader in zip(self.parts, self.readers, strict=True):
+            genes = np.empty(part.n_cells, np.uint32)
+            for first in range(0, part.n_cells, _AT_ONCE):
+                last = min(first + _AT_ONCE, part.n_cells)
+                low, high = reader.row_span(first, last)
+                indices = np.empty(high - low, part.index_dtype)
+                reader.indices.read(low, high, indices)
+                ends = np.concatenate([[0], np.cumsum(part.nnz_per_cell[first:last], dtype=np.int64)])
+                upto = np.concatenate([[0], np.cumsum(kept[indices], dtype=np.int64)])
+                genes[first:last] = np.diff(upto[ends])
+            counted.append(genes)
+        return counted
 
     def __iter__(self) -> grain.DatasetIterator:
         from scjax.loader.iterator import iterate  # grain imports JAX

@@ -56,7 +56,8 @@ class Window:
     start: int  # its first step, and the step after its last, counted from step 0 of epoch 0
     stop: int
     rows: np.ndarray  # int64, -1 for filler
-    lengths: np.ndarray  # int32, expressed genes
+    lengths: np.ndarray  # int32, elements on disk
+    genes: np.ndarray  # int32, slots needed in a batch: fewer where a vocabulary drops genes
     content: Content | None  # None in lanes of other processes: their lengths decide the width of a batch
 
 
@@ -82,6 +83,7 @@ class Pipeline:
         self._stop = np.full(order.lanes, self._now)
         self._rows = np.empty((order.lanes, width), np.int64)
         self._lengths = np.empty((order.lanes, width), np.int32)
+        self._genes = np.empty((order.lanes, width), np.int32)
         self._indices_at = np.empty((here, width), np.uint64)
         self._data_at = np.empty((here, width), np.uint64)
         self._depth = np.empty((here, width), np.float32)
@@ -116,11 +118,13 @@ class Pipeline:
             pieces.append((which, first, first + n))
         parts = loader.parts
         lengths = _join([parts[p].nnz_per_cell[a:b] for p, a, b in pieces], np.int32)
-        slots = order.visits(epoch, lane, number, lengths)
+        genes = _join([loader.genes_per_cell[p][a:b] for p, a, b in pieces], np.int32)
+        slots = order.visits(epoch, lane, number, genes)
         start, stop = (epoch * order.steps_per_epoch + step for step in order.window_steps(lane, number))
-        rows, handed = _hand_out(run_rows(runs), slots, -1), _hand_out(lengths, slots, 0)
+        rows = _hand_out(run_rows(runs), slots, -1)
+        handed = _hand_out(lengths, slots, 0), _hand_out(genes, slots, 0)
         if lane not in self._lanes:
-            return Window(lane, start, stop, rows, handed, None)
+            return Window(lane, start, stop, rows, *handed, None)
 
         ends = np.cumsum(lengths, dtype=np.int64)
         counts, at = self._buffer(int(ends[-1]) if len(ends) else 0), 0
@@ -140,7 +144,7 @@ class Pipeline:
             depth=column(lambda p: parts[p].total, np.float32, 0),
             labels=np.stack(labels) if labels else np.empty((0, len(slots)), np.int32),
         )
-        return Window(lane, start, stop, rows, handed, content)
+        return Window(lane, start, stop, rows, *handed, content)
 
     def _buffer(self, size: int) -> Counts:
         """A spare buffer, grown if it is too small."""
@@ -170,6 +174,7 @@ class Pipeline:
         self._start[lane], self._stop[lane] = window.start, window.stop
         self._rows[lane, :n] = window.rows
         self._lengths[lane, :n] = window.lengths
+        self._genes[lane, :n] = window.genes
         if content is not None:
             here, counts = lane - self._lanes.start, content.counts
             self._held[lane] = counts
@@ -200,7 +205,7 @@ class Pipeline:
         width, r = self._rows.shape[1], order.rows_per_lane
         begins = np.arange(order.lanes) * width + (self._now - self._start) * r
         slots = begins[:, None] + np.arange(r)
-        longest = int(self._lengths.ravel()[slots].max())
+        longest = int(self._genes.ravel()[slots].max())
         if loader.max_genes is not None:
             longest = min(longest, loader.max_genes)
         L, B = bucket_of(longest, loader.bucket_lengths), loader.local_batch_size
