@@ -1,10 +1,10 @@
 """A small scGPT on two studies of blood cells, minutes on two CPU cores; what ``make quickstart`` trains.
 
     python experiments/pretrain.py --config=configs/quickstart.py --workdir=runs/quickstart
-    python experiments/pretrain.py --config=configs/quickstart.py --config.model.d_model=128 --workdir=runs/wider
+    python experiments/pretrain.py --config=configs/quickstart.py --workdir=runs/wider --config.model.d_model=128
 
-It wants the corpus and the gene list that ``tools/quickstart.sh`` makes first. To start a study of your own copy
-this file, name your corpus, and change what you want to ask about.
+It wants the corpus and the gene list that ``tools/quickstart.sh`` makes first. To start a study of your own,
+copy this file, name your corpus and change what you want to ask about.
 
 Where it departs from the published model, and why: 1,500 variable genes and 160 tokens a cell (attention over
 every expressed gene would take an hour on a laptop); ties of a count go to the middle of its bins (fewer
@@ -20,39 +20,47 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.system = "scgpt"
     config.seed = 0
-    config.model = ConfigDict({
-        "d_model": 64,
-        "n_heads": 2,
-        "n_layers": 2,
-        "d_ff": 128,
-        "dropout": 0.0,
-        "max_length": 161,
-        "tie": "mid",
-        "value_scale": 1 / 50,
-        "mask_fractions": (0.25, 0.5, 0.75),
-    })
-    config.data = ConfigDict({
-        "corpus": "runs/quickstart/corpus",
-        "genes": "runs/quickstart/genes.tsv",
-        "batch_size": 64,
-    })
+    config.model = ConfigDict(
+        {
+            "d_model": 64,
+            "n_heads": 2,
+            "n_layers": 2,
+            "d_ff": 128,
+            "dropout": 0.0,
+            "max_length": 161,
+            "tie": "mid",
+            "value_scale": 1 / 50,
+            "mask_fractions": (0.25, 0.5, 0.75),
+        }
+    )
+    config.data = ConfigDict(
+        {
+            "corpus": "runs/quickstart/corpus",
+            "genes": "runs/quickstart/genes.tsv",
+            "batch_size": 64,
+        }
+    )
     config.validation = ConfigDict({"batch_size": 64})
-    config.optimizer = ConfigDict({
-        "learning_rate": 2e-3,
-        "warmup_steps": 100,
-        "schedule": "cosine",
-        "end_factor": 0.02,
-        "weight_decay": 0.01,
-        "clip_norm": 1.0,
-        "b2": 0.99,
-    })
-    config.train = ConfigDict({
-        "steps": 1200,
-        "log_every": 20,
-        "eval_every": 200,
-        "checkpoint_every": 300,
-        "keep": 2,
-    })
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 2e-3,
+            "warmup_steps": 100,
+            "schedule": "cosine",
+            "end_factor": 0.02,
+            "weight_decay": 0.01,
+            "clip_norm": 1.0,
+            "b2": 0.99,
+        }
+    )
+    config.train = ConfigDict(
+        {
+            "steps": 1200,
+            "log_every": 20,
+            "eval_every": 200,
+            "checkpoint_every": 300,
+            "keep": 2,
+        }
+    )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     if arg == "smoke":
         config.model.update(d_model=16, n_layers=1, d_ff=32, max_length=33)

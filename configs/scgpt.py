@@ -21,50 +21,65 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.system = "scgpt"
     config.seed = 42
-    config.model = ConfigDict({
-        "d_model": 512,
-        "n_heads": 8,
-        "n_layers": 12,
-        "d_ff": 512,
-        "dropout": 0.2,
-        "norm": "post",
-        "max_length": 1200,
-        "values": "binned",
-        "n_bins": 51,
-        "tie": "random",
-        "value_scale": 1.0,
-        "mask_fractions": (0.25, 0.5, 0.75),
-        "mvc_weight": 1.0,
-        "attention": "auto",
-        "remat": "dots",
-        "dtype": "bfloat16",
-    })
+    config.model = ConfigDict(
+        {
+            "d_model": 512,
+            "n_heads": 8,
+            "n_layers": 12,
+            "d_ff": 512,
+            "dropout": 0.2,
+            "norm": "post",
+            "max_length": 1200,
+            "values": "binned",
+            "n_bins": 51,
+            "tie": "random",
+            "value_scale": 1.0,
+            "mask_fractions": (0.25, 0.5, 0.75),
+            "mvc_weight": 1.0,
+            "attention": "auto",
+            "remat": "dots",
+            "dtype": "bfloat16",
+        }
+    )
     config.data = ConfigDict({"corpus": "runs/corpus", "batch_size": 512, "group_lengths": True})
     config.validation = ConfigDict({"batch_size": 512, "max_batches": 64})
     steps = 6 * 33_000_000 // 512
-    config.optimizer = ConfigDict({
-        "learning_rate": 1e-4,
-        "warmup_steps": 10_000,
-        "schedule": "cosine",
-        "end_factor": 0.0,
-        "weight_decay": 0.0,
-        "clip_norm": 1.0,
-        "b1": 0.9,
-        "b2": 0.999,
-        "eps": 1e-8,
-    })
-    config.train = ConfigDict({
-        "steps": steps,
-        "accumulate": 1,
-        "log_every": 100,
-        "eval_every": 5_000,
-        "checkpoint_every": 5_000,
-        "keep": 3,
-    })
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 1e-4,
+            "warmup_steps": 10_000,
+            "schedule": "cosine",
+            "end_factor": 0.0,
+            "weight_decay": 0.0,
+            "clip_norm": 1.0,
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+        }
+    )
+    config.train = ConfigDict(
+        {
+            "steps": steps,
+            "accumulate": 1,
+            "log_every": 100,
+            "eval_every": 5_000,
+            "checkpoint_every": 5_000,
+            "keep": 3,
+        }
+    )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     if arg == "smoke":
-        config.model.update(d_model=32, n_heads=2, n_layers=2, d_ff=64, max_length=65, dropout=0.1,
-                            value_scale=1 / 51, remat="none", dtype="float32")  # fmt: skip
+        config.model.update(
+            d_model=32,
+            n_heads=2,
+            n_layers=2,
+            d_ff=64,
+            max_length=65,
+            dropout=0.1,
+            value_scale=1 / 51,
+            remat="none",
+            dtype="float32",
+        )
         config.data.update(corpus="runs/quickstart/corpus", batch_size=32)
         config.validation.update(batch_size=32, max_batches=2)
         config.optimizer.update(learning_rate=2e-3, warmup_steps=10)

@@ -19,8 +19,21 @@ _WHERE = {
     "embed": "scjax.api",
     "annotate": "scjax.api",
 }
-_ROOMS = ("api", "corpus", "datasets", "encoding", "eval", "genes", "loader", "models", "nn", "objectives",
-          "parallel", "train", "types")  # fmt: skip
+_ROOMS = (
+    "api",
+    "corpus",
+    "datasets",
+    "encoding",
+    "eval",
+    "genes",
+    "loader",
+    "models",
+    "nn",
+    "objectives",
+    "parallel",
+    "train",
+    "types",
+)
 
 __all__ = [*_WHERE, *_ROOMS, "__version__"]
 

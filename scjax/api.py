@@ -71,8 +71,14 @@ class Model:
 
         return jax.jit(lambda params, buffers, batch: bind(self.abstract, params, buffers).embed(batch))
 
-    def embed(self, adata: anndata.AnnData, *, batch_size: int = 64, layer: str | None = None,
-              progress: bool = False) -> np.ndarray:
+    def embed(
+        self,
+        adata: anndata.AnnData,
+        *,
+        batch_size: int = 64,
+        layer: str | None = None,
+        progress: bool = False,
+    ) -> np.ndarray:
         """Cell embedding, float32 [n_obs, D]; see :func:`embed`."""
         from rich.progress import Progress, TimeRemainingColumn
 
@@ -81,12 +87,14 @@ class Model:
         match = self.vocabulary.match(adata.var)
         if match.n_matched < MIN_MATCHED * len(self.vocabulary):
             raise ValueError(
-                f"{match.summary()}. That is less than {MIN_MATCHED:.0%} of the {len(self.vocabulary):,} genes "
-                f"{self.path} was trained on; they look like {self.vocabulary.ids[:3]} ({self.vocabulary.symbols[:3]})"
+                f"{match.summary()}. That is less than {MIN_MATCHED:.0%} of the {len(self.vocabulary):,} "
+                f"genes {self.path} was trained on; they look like {self.vocabulary.ids[:3]} "
+                f"({self.vocabulary.symbols[:3]})"
             )
         out = None
-        with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), disable=not progress,
-                      transient=True) as bar:  # fmt: skip
+        with Progress(
+            *Progress.get_default_columns()[:-1], TimeRemainingColumn(), disable=not progress, transient=True
+        ) as bar:
             task = bar.add_task(f"embedding {adata.n_obs:,} cells", total=adata.n_obs)
             start = 0
             for batch in cells(adata, self.vocabulary, batch_size, layer=layer):
@@ -146,8 +154,15 @@ def _model(model: Model | str | Path) -> Model:
     return model if isinstance(model, Model) else load(model)
 
 
-def embed(adata: anndata.AnnData, model: Model | str | Path, *, key_added: str = "X_scjax", batch_size: int = 64,
-          layer: str | None = None, progress: bool = False) -> None:
+def embed(
+    adata: anndata.AnnData,
+    model: Model | str | Path,
+    *,
+    key_added: str = "X_scjax",
+    batch_size: int = 64,
+    layer: str | None = None,
+    progress: bool = False,
+) -> None:
     """Embeds the cells of ``adata`` in place.
 
     A cell's embedding depends on that cell alone: not on the other cells, their number, or the order of
@@ -177,9 +192,18 @@ def embed(adata: anndata.AnnData, model: Model | str | Path, *, key_added: str =
     }
 
 
-def annotate(adata: anndata.AnnData, model: Model | str | Path, *, reference: anndata.AnnData,
-             label_key: str = "cell_type", unlabelled: str = "unlabelled", key_added: str = "scjax",
-             batch_size: int = 64, layer: str | None = None, progress: bool = False) -> None:
+def annotate(
+    adata: anndata.AnnData,
+    model: Model | str | Path,
+    *,
+    reference: anndata.AnnData,
+    label_key: str = "cell_type",
+    unlabelled: str = "unlabelled",
+    key_added: str = "scjax",
+    batch_size: int = 64,
+    layer: str | None = None,
+    progress: bool = False,
+) -> None:
     """Labels the cells of ``adata`` by those of a labelled reference, through the frozen embedding.
 
     A logistic regression on the standardised embedding of the reference, its strength chosen by
@@ -205,7 +229,9 @@ def annotate(adata: anndata.AnnData, model: Model | str | Path, *, reference: an
     from sklearn.preprocessing import StandardScaler
 
     if label_key not in reference.obs:
-        raise ValueError(f"the reference has no obs column {label_key!r}; there are {sorted(reference.obs.columns)}")
+        raise ValueError(
+            f"the reference has no obs column {label_key!r}; there are {sorted(reference.obs.columns)}"
+        )
     model = _model(model)
     labels = reference.obs[label_key]
     known = (labels.notna() & (labels.astype(str) != unlabelled)).to_numpy()
@@ -213,17 +239,20 @@ def annotate(adata: anndata.AnnData, model: Model | str | Path, *, reference: an
     counted = pd.Series(names[known]).value_counts()
     known &= np.isin(names, counted.index[counted >= 2])
     if len(set(names[known])) < 2:
-        raise ValueError(f"obs[{label_key!r}] of the reference holds fewer than two labels with 2 cells or more: "
-                         f"{counted.to_dict()}")  # fmt: skip
+        raise ValueError(
+            f"obs[{label_key!r}] of the reference holds fewer than two labels with 2 cells or more: "
+            f"{counted.to_dict()}"
+        )
     key = f"X_{key_added}"
     for cells in (reference, adata):
         embed(cells, model, key_added=key, batch_size=batch_size, layer=layer, progress=progress)
     folds = int(min(5, counted[counted >= 2].min()))
     probe = make_pipeline(
         StandardScaler(),
-        LogisticRegressionCV(Cs=[0.01, 0.1, 1.0], cv=folds, class_weight="balanced", max_iter=2000,
-                             scoring="f1_macro"),
-    ).fit(reference.obsm[key][known], names[known])  # fmt: skip
+        LogisticRegressionCV(
+            Cs=[0.01, 0.1, 1.0], cv=folds, class_weight="balanced", max_iter=2000, scoring="f1_macro"
+        ),
+    ).fit(reference.obsm[key][known], names[known])
     probability = probe.predict_proba(adata.obsm[key])
     best = probability.argmax(1)
     column = f"{key_added}_{label_key}"

@@ -11,9 +11,9 @@ from scjax import encoding
 
 SLOTS = 24
 small = settings(max_examples=60, deadline=None)
-cells = st.lists(
-    st.lists(st.integers(0, 7), min_size=SLOTS, max_size=SLOTS), min_size=4, max_size=4
-).map(lambda rows: np.array(rows, np.float32))  # fmt: skip
+cells = st.lists(st.lists(st.integers(0, 7), min_size=SLOTS, max_size=SLOTS), min_size=4, max_size=4).map(
+    lambda rows: np.array(rows, np.float32)
+)
 
 
 def keys_of(n: int, seed: int = 0):
@@ -169,9 +169,13 @@ def test_everything_follows_the_gene_and_not_the_slot():
         bins = encoding.bin_quantiles(count, 51, keys=keys_of(6), gene_id=ids)
         mask = encoding.mask_genes(ids, 0.3, keys_of(6, 1))
         gene, value = encoding.select_genes(ids, bins, 20, keys_of(6, 2))
-        table = [{(int(g), float(b), bool(m)) for g, b, m in zip(*row, strict=True) if g >= 0}
-                 for row in zip(np.asarray(ids), np.asarray(bins), np.asarray(mask), strict=True)]  # fmt: skip
-        chosen = [set(zip(np.asarray(g), np.asarray(v), strict=True)) for g, v in zip(gene, value, strict=True)]
+        table = [
+            {(int(g), float(b), bool(m)) for g, b, m in zip(*row, strict=True) if g >= 0}
+            for row in zip(np.asarray(ids), np.asarray(bins), np.asarray(mask), strict=True)
+        ]
+        chosen = [
+            set(zip(np.asarray(g), np.asarray(v), strict=True)) for g, v in zip(gene, value, strict=True)
+        ]
         return table, chosen
 
     assert run(ids, count) == run(widened, wide_count)

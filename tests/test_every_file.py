@@ -23,7 +23,7 @@ def is_human(path: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model that knows the genes of a whole transcriptome, untrained: this test is about paths, not scores."""
+    """Knows the genes of a whole transcriptome, untrained: this test is about paths, not scores."""
     import jax
 
     from scjax import api, models
@@ -57,8 +57,19 @@ def test_a_file(path, model, tmp_path, monkeypatch, capsys):
         return
     group = [c for c in ("donor", "section", "batch") if c in embedded.obs and embedded.obs[c].nunique() > 1]
     group = [c for c in group if embedded.obs.groupby(labels[0], observed=True)[c].nunique().min() > 1]
-    command = ["eval", str(tmp_path / "out.h5ad"), "--obsm", "X_scjax", "--label", labels[0], "--tasks", "annotation",
-               "--out", str(tmp_path / "eval"), *(["--group", group[0]] if group else [])]  # fmt: skip
+    command = [
+        "eval",
+        str(tmp_path / "out.h5ad"),
+        "--obsm",
+        "X_scjax",
+        "--label",
+        labels[0],
+        "--tasks",
+        "annotation",
+        "--out",
+        str(tmp_path / "eval"),
+        *(["--group", group[0]] if group else []),
+    ]
     assert main(command) == 0
     rows = [json.loads(line) for line in (tmp_path / "eval" / "results.jsonl").read_text().splitlines()]
     assert any(row["status"] == "ok" for row in rows)

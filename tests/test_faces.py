@@ -1,4 +1,4 @@
-"""What a user touches: the command line, load/embed/annotate, the configs, the notebook, on cells that ship."""
+"""What a user touches: command line, load/embed/annotate, configs, the notebook; on the cells that ship."""
 
 import json
 import os
@@ -37,7 +37,10 @@ def files(tmp_path_factory):
 def corpus(files):
     sources = [str(files / f"{study}.h5ad") for study in ("pbmc3k", "pbmc_facs")]
     assert main(["corpus", "build", *sources, "--out", str(files / "corpus"), "--validation", "0.1"]) == 0
-    assert main(["corpus", "genes", str(files / "corpus"), "--top", "300", "--out", str(files / "genes.tsv")]) == 0
+    assert (
+        main(["corpus", "genes", str(files / "corpus"), "--top", "300", "--out", str(files / "genes.tsv")])
+        == 0
+    )
     return files / "corpus"
 
 
@@ -48,9 +51,11 @@ def runs(files, corpus):
     for config in sorted((ROOT / "configs").glob("*.py")):
         workdir = files / "runs" / config.stem
         done = run_experiment(
-            f"--config={config}:smoke", f"--workdir={workdir}", f"--config.data.corpus={corpus}",
+            f"--config={config}:smoke",
+            f"--workdir={workdir}",
+            f"--config.data.corpus={corpus}",
             f"--config.data.genes={files / 'genes.tsv'}",
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         finished[config.stem] = workdir
     return finished
@@ -160,8 +165,20 @@ def test_annotate(model, files):
 class TestEval:
     def test_a_model(self, runs, files, tmp_path, capsys):
         out = tmp_path / "eval"
-        command = ["eval", str(files / "both.h5ad"), "--model", str(runs["quickstart"]), "--tasks", "annotation",
-                   "--label", "cell_type", "--group", "study", "--out", str(out)]  # fmt: skip
+        command = [
+            "eval",
+            str(files / "both.h5ad"),
+            "--model",
+            str(runs["quickstart"]),
+            "--tasks",
+            "annotation",
+            "--label",
+            "cell_type",
+            "--group",
+            "study",
+            "--out",
+            str(out),
+        ]
         assert main(command) == 0
         shown = capsys.readouterr().out
         for row in ("X_scjax", "random_init", "pca", "hvg", "noise", "depth_only", "majority"):
@@ -180,10 +197,27 @@ class TestEval:
             "assert 'jax' not in sys.modules and 'flax' not in sys.modules; sys.exit(status)"
         )
         done = subprocess.run(
-            [sys.executable, "-c", code, "eval", str(tmp_path / "theirs.h5ad"), "--obsm", "X_theirs", "--tasks",
-             "annotation", "--label", "cell_type", "--group", "study", "--out", str(tmp_path / "out")],
-            capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-c",
+                code,
+                "eval",
+                str(tmp_path / "theirs.h5ad"),
+                "--obsm",
+                "X_theirs",
+                "--tasks",
+                "annotation",
+                "--label",
+                "cell_type",
+                "--group",
+                "study",
+                "--out",
+                str(tmp_path / "out"),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert "X_theirs" in done.stdout
 
@@ -202,15 +236,18 @@ class TestConfigs:
         assert f"{51_330_049 - 2 * 512:,}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command, message", [
-    (["corpus", "info", "nowhere"], "nowhere"),
-    (["corpus", "build", "nowhere.h5ad", "--out", "{tmp}/c"], "nowhere.h5ad"),
-    (["embed", "nowhere.h5ad", "--model", "nowhere", "--out", "{tmp}/o.h5ad"], "nowhere"),
-    (["eval", "{files}/both.h5ad", "--label", "cell_type", "--out", "{tmp}/e"], "--model"),
-    (["eval", "{files}/both.h5ad", "--obsm", "X_no", "--label", "cell_type", "--out", "{tmp}/e"], "X_no"),
-    (["config", "show", "configs/none.py"], "configs/none.py"),
-    (["config", "show", "configs/scgpt.py:smok"], "smok"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["corpus", "info", "nowhere"], "nowhere"),
+        (["corpus", "build", "nowhere.h5ad", "--out", "{tmp}/c"], "nowhere.h5ad"),
+        (["embed", "nowhere.h5ad", "--model", "nowhere", "--out", "{tmp}/o.h5ad"], "nowhere"),
+        (["eval", "{files}/both.h5ad", "--label", "cell_type", "--out", "{tmp}/e"], "--model"),
+        (["eval", "{files}/both.h5ad", "--obsm", "X_no", "--label", "cell_type", "--out", "{tmp}/e"], "X_no"),
+        (["config", "show", "configs/none.py"], "configs/none.py"),
+        (["config", "show", "configs/scgpt.py:smok"], "smok"),
+    ],
+)
 def test_bad_input_is_one_clear_line(command, message, files, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main([part.format(tmp=tmp_path, files=files) for part in command]) == 2
@@ -220,9 +257,11 @@ def test_bad_input_is_one_clear_line(command, message, files, tmp_path, capsys, 
 
 def test_an_unknown_config_key_names_the_nearest(files, corpus):
     done = run_experiment(
-        f"--config={ROOT}/configs/scgpt.py:smoke", f"--workdir={files}/never", f"--config.data.corpus={corpus}",
+        f"--config={ROOT}/configs/scgpt.py:smoke",
+        f"--workdir={files}/never",
+        f"--config.data.corpus={corpus}",
         "--config.model.d_modell=3",
-    )  # fmt: skip
+    )
     assert done.returncode != 0
     assert "d_modell" in done.stderr
     assert not (files / "never").exists()

@@ -80,13 +80,16 @@ def test_eval_stands_apart():
 
 
 def test_rooms_of_the_host_import_no_jax():
-    """In a fresh interpreter: grain, which the loader stands on, is imported when a loader is first iterated."""
+    """In a fresh interpreter. Grain, which the loader stands on, is imported when a loader is iterated."""
     code = "import sys\n" + "\n".join(f"import scjax.{room}" for room in WITHOUT_JAX)
     code += "\nbad = {'jax', 'flax', 'optax', 'torch'} & set(sys.modules)\nassert not bad, bad"
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ), timeout=300)
 
 
 def test_files_are_short():
-    long = {str(f.relative_to(PACKAGE)): n for f in PACKAGE.rglob("*.py")
-            if (n := len(f.read_text().splitlines())) > 450}  # fmt: skip
+    long = {
+        str(f.relative_to(PACKAGE)): n
+        for f in PACKAGE.rglob("*.py")
+        if (n := len(f.read_text().splitlines())) > 450
+    }
     assert not long, f"the design asks for files of about 400 lines at most: {long}"

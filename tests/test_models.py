@@ -64,8 +64,16 @@ def batch_of(n: int = 6, seed: int = 0, slots: int = SLOTS) -> CellBatch:
         k = rng.integers(10, SLOTS - 4)
         gene_id[i, :k] = rng.choice(GENES, k, replace=False)
         count[i, :k] = rng.poisson(2.0, k) + 1
-    return CellBatch(gene_id, count, count.sum(1) + 50, (gene_id >= 0).sum(1).astype(np.int32),
-                     np.arange(100, 100 + n, dtype=np.uint32), {}, {}, np.ones(n, np.float32))  # fmt: skip
+    return CellBatch(
+        gene_id,
+        count,
+        count.sum(1) + 50,
+        (gene_id >= 0).sum(1).astype(np.int32),
+        np.arange(100, 100 + n, dtype=np.uint32),
+        {},
+        {},
+        np.ones(n, np.float32),
+    )
 
 
 @pytest.fixture(scope="module", params=sorted(TINY))
@@ -182,6 +190,7 @@ def fresh_state(norm="post"):
 
 def jitted(model, state, method):
     """The named method as a compiled function of a batch and a key; returns (its result, buffers after)."""
+
     @jax.jit
     def run(batch, *args):
         module = bind(model, **state)
@@ -192,7 +201,9 @@ def jitted(model, state, method):
 
 class TestScGPT:
     def build(self, **changes):
-        return models.build("scgpt", {**TINY["scgpt"], **changes}, GENES), fresh_state(changes.get("norm", "post"))
+        return models.build("scgpt", {**TINY["scgpt"], **changes}, GENES), fresh_state(
+            changes.get("norm", "post")
+        )
 
     def test_parameter_count_of_the_published_model(self):
         """51,330,049 with a flag embedding of 2 x 512 that this objective does not have."""
@@ -204,7 +215,13 @@ class TestScGPT:
         model, _ = self.build()
         axes = axes_of(model)["params"]
         assert axes["gene"]["embedding"] == ("vocab", "embed")
-        assert axes["transformer"]["blocks"]["attention"]["qkv"]["kernel"] == ("layers", "embed", None, "heads", "head")
+        assert axes["transformer"]["blocks"]["attention"]["qkv"]["kernel"] == (
+            "layers",
+            "embed",
+            None,
+            "heads",
+            "head",
+        )
         assert axes["transformer"]["blocks"]["down"]["kernel"] == ("layers", "mlp", "embed")
 
     @pytest.mark.parametrize("fractions", [(0.5,), (0.25, 0.5, 0.75)])
@@ -247,8 +264,13 @@ class TestScGPT:
     def test_gene_mean_baseline_is_the_running_mean(self):
         model, state = self.build(tie="mid", max_length=SLOTS + 1, mask_fractions=(0.4,))
         module = bind(model, **state)
-        loss = jax.jit(lambda buffers, batch: (m := bind(model, state["params"], buffers),
-                                               m.loss(batch, jax.random.key(0)), buffers_of(m))[2])  # fmt: skip
+        loss = jax.jit(
+            lambda buffers, batch: (
+                m := bind(model, state["params"], buffers),
+                m.loss(batch, jax.random.key(0)),
+                buffers_of(m),
+            )[2]
+        )
         buffers = state["buffers"]
         sums, counts = np.zeros(GENES), np.zeros(GENES)
         for seed in range(3):
@@ -289,8 +311,16 @@ class TestScGPT:
         assert b.dtype == np.float32
         assert (a * b).sum(1).min() > 0.999
 
-    @pytest.mark.parametrize("changes", [{"norm": "pre"}, {"remat": "full"}, {"remat": "dots"},
-                                         {"attention": "einsum"}, {"attention": "cellwise"}])  # fmt: skip
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"norm": "pre"},
+            {"remat": "full"},
+            {"remat": "dots"},
+            {"attention": "einsum"},
+            {"attention": "cellwise"},
+        ],
+    )
     def test_variants_have_a_loss_and_gradients(self, changes):
         model, state = self.build(dropout=0.0, **changes)
         plain, _ = self.build(dropout=0.0)
@@ -301,7 +331,9 @@ class TestScGPT:
         value, gradient = jax.jit(jax.value_and_grad(lambda p: total(p, model)))(state["params"])
         assert np.isfinite(value)
         if "norm" not in changes:  # the others change how it is computed, not what
-            expected, expected_gradient = jax.jit(jax.value_and_grad(lambda p: total(p, plain)))(state["params"])
+            expected, expected_gradient = jax.jit(jax.value_and_grad(lambda p: total(p, plain)))(
+                state["params"]
+            )
             np.testing.assert_allclose(value, expected, rtol=1e-5)
             for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
                 np.testing.assert_allclose(a, b, atol=1e-3 * max(1.0, float(jnp.abs(b).max())))
@@ -316,12 +348,15 @@ class TestErrors:
         with pytest.raises(ConfigError, match=r"model\.d_modle is unknown; did you mean 'd_model'"):
             models.build("scgpt", {"d_modle": 3}, GENES)
 
-    @pytest.mark.parametrize("changes, message", [
-        ({"n_heads": 3}, "n_heads = 3 does not divide"),
-        ({"mask_fractions": (0.5, 1.5)}, "between 0 and 1"),
-        ({"max_length": 1}, "no room for a gene"),
-        ({"norm": "middle"}, "norm"),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            ({"n_heads": 3}, "n_heads = 3 does not divide"),
+            ({"mask_fractions": (0.5, 1.5)}, "between 0 and 1"),
+            ({"max_length": 1}, "no room for a gene"),
+            ({"norm": "middle"}, "norm"),
+        ],
+    )
     def test_bad_values(self, changes, message):
         with pytest.raises(ValueError, match=message):
             models.build("scgpt", {**TINY["scgpt"], **changes}, GENES)

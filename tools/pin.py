@@ -1,8 +1,8 @@
 """Writes constraints.txt from ``pip freeze`` of a Python 3.11 and a Python 3.12 environment.
 
-    python3.11 -m pip freeze --exclude-editable > a.txt
-    python3.12 -m pip freeze --exclude-editable > b.txt
-    python tools/pin.py a.txt b.txt > constraints.txt
+python3.11 -m pip freeze --exclude-editable > a.txt
+python3.12 -m pip freeze --exclude-editable > b.txt
+python tools/pin.py a.txt b.txt > constraints.txt
 """
 
 import re

@@ -20,7 +20,9 @@ def load_config(name: str) -> ConfigDict:
     path = Path(file)
     if not path.is_file():
         there = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise FileNotFoundError(f"no config file {file}" + (f"; there are {', '.join(there)}" if there else ""))
+        raise FileNotFoundError(
+            f"no config file {file}" + (f"; there are {', '.join(there)}" if there else "")
+        )
     spec = importlib.util.spec_from_file_location(f"scjax_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -78,8 +78,10 @@ def corpus_verify(args: argparse.Namespace) -> int:
     problems = corpus.verify(progress=True)
     for problem in problems:
         err.print(f"[red]{_escape(str(problem))}", soft_wrap=True)
-    out.print(f"{len(corpus):,} cells in {len(corpus.parts)} parts: "
-              + (f"{len(problems)} problems" if problems else "whole and consistent"))  # fmt: skip
+    out.print(
+        f"{len(corpus):,} cells in {len(corpus.parts)} parts: "
+        + (f"{len(problems)} problems" if problems else "whole and consistent")
+    )
     return 1 if problems else 0
 
 
@@ -104,8 +106,10 @@ def embed(args: argparse.Namespace) -> int:
     model = api.load(args.model)
     api.embed(adata, model, key_added=args.key, batch_size=args.batch_size, layer=args.layer, progress=True)
     _write_whole(adata.write_h5ad, args.out)
-    out.print(f'{adata.n_obs:,} cells embedded in {adata.obsm[args.key].shape[1]} dimensions: '
-              f'obsm\\["{args.key}"] of {args.out}')  # fmt: skip
+    out.print(
+        f"{adata.n_obs:,} cells embedded in {adata.obsm[args.key].shape[1]} dimensions: "
+        f'obsm\\["{args.key}"] of {args.out}'
+    )
     return 0
 
 
@@ -125,22 +129,44 @@ def evaluate(args: argparse.Namespace) -> int:
         from scjax import api
 
         model = api.load(args.model)
-        api.embed(adata, model, key_added="X_scjax", batch_size=args.batch_size, layer=args.layer, progress=True)
-        api.embed(adata, model.random_twin(), key_added="X_scjax_random_init", batch_size=args.batch_size,
-                  layer=args.layer, progress=True)  # fmt: skip
+        api.embed(
+            adata, model, key_added="X_scjax", batch_size=args.batch_size, layer=args.layer, progress=True
+        )
+        api.embed(
+            adata,
+            model.random_twin(),
+            key_added="X_scjax_random_init",
+            batch_size=args.batch_size,
+            layer=args.layer,
+            progress=True,
+        )
         embeddings.insert(0, "X_scjax")
         controls["random_init"] = "X_scjax_random_init"
-        facts |= {"model": str(args.model), "step": model.step, "parameters": model.n_parameters,
-                  **{f"genes: {k}": v for k, v in adata.uns["scjax"]["X_scjax"]["genes"].items()}}  # fmt: skip
+        facts |= {
+            "model": str(args.model),
+            "step": model.step,
+            "parameters": model.n_parameters,
+            **{f"genes: {k}": v for k, v in adata.uns["scjax"]["X_scjax"]["genes"].items()},
+        }
         curves = model.metrics()
     if not embeddings:
-        raise ValueError("nothing to score: give --model RUN, --obsm KEY, or both; "
-                         f"obsm of {args.input} holds {sorted(adata.obsm)}")  # fmt: skip
+        raise ValueError(
+            "nothing to score: give --model RUN, --obsm KEY, or both; "
+            f"obsm of {args.input} holds {sorted(adata.obsm)}"
+        )
     results = scjax.eval.run(
-        adata, embeddings=embeddings, tasks=args.tasks, label_key=args.label, batch_key=args.batch,
-        group_key=args.group, controls=controls, counts=args.layer, seed=args.seed,
-        pretrain_overlap=args.pretrain_overlap, progress=True,
-    )  # fmt: skip
+        adata,
+        embeddings=embeddings,
+        tasks=args.tasks,
+        label_key=args.label,
+        batch_key=args.batch,
+        group_key=args.group,
+        controls=controls,
+        counts=args.layer,
+        seed=args.seed,
+        pretrain_overlap=args.pretrain_overlap,
+        progress=True,
+    )
     directory.mkdir(parents=True, exist_ok=True)
     results.to_jsonl(directory / "results.jsonl")
     out.print(results)
@@ -169,7 +195,9 @@ def _write_whole(write: Any, path: str) -> None:
 def config_show(args: argparse.Namespace) -> int:
     from scjax.cli.configs import load_config
 
-    out.print(load_config(args.config).to_yaml() if args.yaml else str(load_config(args.config)), markup=False)
+    out.print(
+        load_config(args.config).to_yaml() if args.yaml else str(load_config(args.config)), markup=False
+    )
     return 0
 
 
@@ -182,29 +210,48 @@ def config_params(args: argparse.Namespace) -> int:
 
 # ---------------------------------------------------------------------- parser
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="scjax", description="Pretrain, adapt and examine single-cell models.")
+    parser = argparse.ArgumentParser(
+        prog="scjax", description="Pretrain, adapt and examine single-cell models."
+    )
     parser.add_argument("--version", action="version", version=f"scjax {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    corpus = commands.add_parser("corpus", help="build, describe and check corpora of raw counts")
-    corpus = corpus.add_subparsers(metavar="COMMAND", required=True)
+    room = commands.add_parser("corpus", help="build, describe and check corpora of raw counts")
+    corpus = room.add_subparsers(metavar="COMMAND", required=True)
     build = corpus.add_parser("build", help="h5ad files to a corpus")
     build.set_defaults(run=corpus_build)
     build.add_argument("sources", nargs="+", metavar="SOURCE.h5ad")
     build.add_argument("--out", required=True, metavar="DIR")
-    build.add_argument("--names", nargs="+", metavar="NAME", help="data set names, one a source (default: file stems)")
-    build.add_argument("--layer", metavar="NAME", help='where the counts are: "X", "raw" or a layer (default: found)')
-    build.add_argument("--labels", nargs="+", metavar="COLUMN", help="obs columns kept as labels (default: categories)")
-    build.add_argument("--vocabulary", metavar="FILE.tsv", help="genes to keep (default: all of the sources')")
-    build.add_argument("--validation", type=float, default=0.0, metavar="FRACTION", help="cells held out (default: 0)")
-    build.add_argument("--split-by", metavar="COLUMN", help="hold out whole groups of this column (donor, ...)")
-    build.add_argument("--min-genes", type=int, default=1, metavar="N", help="drop cells with fewer genes (default: 1)")
+    build.add_argument(
+        "--names", nargs="+", metavar="NAME", help="data set names, one a source (default: file stems)"
+    )
+    build.add_argument(
+        "--layer", metavar="NAME", help='where the counts are: "X", "raw" or a layer (default: found)'
+    )
+    build.add_argument(
+        "--labels", nargs="+", metavar="COLUMN", help="obs columns kept as labels (default: categories)"
+    )
+    build.add_argument(
+        "--vocabulary", metavar="FILE.tsv", help="genes to keep (default: all of the sources')"
+    )
+    build.add_argument(
+        "--validation", type=float, default=0.0, metavar="FRACTION", help="cells held out (default: 0)"
+    )
+    build.add_argument(
+        "--split-by", metavar="COLUMN", help="hold out whole groups of this column (donor, ...)"
+    )
+    build.add_argument(
+        "--min-genes", type=int, default=1, metavar="N", help="drop cells with fewer genes (default: 1)"
+    )
     build.add_argument("--allow-non-integer", action="store_true", help="take fractional values as they are")
     build.add_argument("--sum-duplicates", action="store_true", help="add up columns that name one gene")
     build.add_argument("--codec", default="fast", choices=("fast", "balanced", "small", "local"))
     build.add_argument("--seed", type=int, default=0, help="of the order of cells on disk (default: 0)")
-    for name, run, text in (("info", corpus_info, "what a corpus holds"), ("verify", corpus_verify, "check every byte")):
+    for name, run, text in (
+        ("info", corpus_info, "what a corpus holds"),
+        ("verify", corpus_verify, "check every byte"),
+    ):
         command = corpus.add_parser(name, help=text)
         command.set_defaults(run=run)
         command.add_argument("corpus", metavar="DIR")
@@ -229,20 +276,30 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("input", metavar="IN.h5ad")
     command.add_argument("--model", metavar="RUN", help="run directory; its random twin is scored beside it")
     command.add_argument("--obsm", nargs="+", metavar="KEY", help="embeddings already in the file, anybody's")
-    command.add_argument("--tasks", nargs="+", default=["annotation", "clustering"],
-                         choices=("annotation", "clustering", "integration"))  # fmt: skip
+    command.add_argument(
+        "--tasks",
+        nargs="+",
+        default=["annotation", "clustering"],
+        choices=("annotation", "clustering", "integration"),
+    )
     command.add_argument("--label", required=True, metavar="COLUMN", help="obs column to predict")
     command.add_argument("--batch", metavar="COLUMN", help="obs column of batches (integration)")
-    command.add_argument("--group", metavar="COLUMN", help="obs column that splits never cut through (donor, study)")
-    command.add_argument("--pretrain-overlap", default="unknown", choices=("none", "study", "cell", "unknown"),
-                         help="what the models saw of these cells in pretraining; noted in every result")  # fmt: skip
+    command.add_argument(
+        "--group", metavar="COLUMN", help="obs column that splits never cut through (donor, study)"
+    )
+    command.add_argument(
+        "--pretrain-overlap",
+        default="unknown",
+        choices=("none", "study", "cell", "unknown"),
+        help="what the models saw of these cells in pretraining; noted in every result",
+    )
     command.add_argument("--out", required=True, metavar="DIR")
     command.add_argument("--title", default=None)
     command.add_argument("--seed", type=int, default=0)
     _add_reading(command)
 
-    config = commands.add_parser("config", help="look at a config file without data or devices")
-    config = config.add_subparsers(metavar="COMMAND", required=True)
+    room = commands.add_parser("config", help="look at a config file without data or devices")
+    config = room.add_subparsers(metavar="COMMAND", required=True)
     show = config.add_parser("show", help="the config, resolved")
     show.set_defaults(run=config_show)
     show.add_argument("config", metavar="FILE.py[:ARG]")
@@ -250,7 +307,9 @@ def _parser() -> argparse.ArgumentParser:
     params = config.add_parser("params", help="every parameter: shape, axes, bytes")
     params.set_defaults(run=config_params)
     params.add_argument("config", metavar="FILE.py[:ARG]")
-    params.add_argument("--genes", type=int, metavar="N", help="size of the vocabulary (default: the config's corpus)")
+    params.add_argument(
+        "--genes", type=int, metavar="N", help="size of the vocabulary (default: the config's corpus)"
+    )
     return parser
 
 

@@ -6,5 +6,13 @@ from scjax.corpus.counts import CountsError, validate_counts
 from scjax.corpus.source import Source, open_source
 from scjax.corpus.variable import variable_genes
 
-__all__ = ["Corpus", "CountsError", "Part", "Source", "build_corpus", "open_source", "validate_counts",
-           "variable_genes"]  # fmt: skip
+__all__ = [
+    "Corpus",
+    "CountsError",
+    "Part",
+    "Source",
+    "build_corpus",
+    "open_source",
+    "validate_counts",
+    "variable_genes",
+]

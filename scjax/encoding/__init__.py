@@ -11,5 +11,13 @@ from scjax.types import register_pytree
 
 register_pytree()
 
-__all__ = ["bin_quantiles", "gene_uniform", "log1p", "mask_genes", "normalize_total", "quantile_ranks", "row_keys",
-           "select_genes"]  # fmt: skip
+__all__ = [
+    "bin_quantiles",
+    "gene_uniform",
+    "log1p",
+    "mask_genes",
+    "normalize_total",
+    "quantile_ranks",
+    "row_keys",
+    "select_genes",
+]

@@ -13,8 +13,15 @@ from scjax.encoding.random import gene_uniform
 Method = Literal["random", "top"]
 
 
-def select_genes(gene_id: Array, count: Array, length: int, keys: Array, *, method: Method = "random",
-                 keep: Array | None = None) -> tuple[Array, Array]:
+def select_genes(
+    gene_id: Array,
+    count: Array,
+    length: int,
+    keys: Array,
+    *,
+    method: Method = "random",
+    keep: Array | None = None,
+) -> tuple[Array, Array]:
     """At most ``length`` genes of each cell.
 
     Args:

@@ -72,9 +72,14 @@ def quantile_ranks(value: Array, n_bins: int) -> tuple[Array, Array]:
     return edges_below("left"), edges_below("right")
 
 
-
-def bin_quantiles(value: Array, n_bins: int = 51, *, tie: Tie = "random", keys: Array | None = None,
-                  gene_id: Array | None = None) -> Array:
+def bin_quantiles(
+    value: Array,
+    n_bins: int = 51,
+    *,
+    tie: Tie = "random",
+    keys: Array | None = None,
+    gene_id: Array | None = None,
+) -> Array:
     """scGPT's value bins: the quantile of a gene's count among the cell's expressed genes.
 
     A value that equals edges r+1 .. l (ties are the rule among small counts) has the law

@@ -14,7 +14,7 @@ Training, evaluation and the API know nothing else of a model.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
@@ -27,7 +27,7 @@ SYSTEMS = {
 }
 
 
-def resolve(system: str) -> tuple[type[nnx.Module], type]:
+def resolve(system: str) -> tuple[Callable[..., nnx.Module], type]:
     """The model class and the config class of a system.
 
     Args:
@@ -38,13 +38,15 @@ def resolve(system: str) -> tuple[type[nnx.Module], type]:
       ValueError: unknown name; says which there are.
     """
     if ":" in system:
-        module, name = system.split(":", 1)
-        where = (module, name, f"{name}Config")
+        file, name = system.split(":", 1)
+        where = (file, name, f"{name}Config")
     elif system in SYSTEMS:
         where = SYSTEMS[system]
     else:
-        raise ValueError(f"unknown system {system!r}{nearest(system, SYSTEMS)}; there are {sorted(SYSTEMS)}, and "
-                         '"package.module:Model" names one of your own')  # fmt: skip
+        raise ValueError(
+            f"unknown system {system!r}{nearest(system, SYSTEMS)}; there are {sorted(SYSTEMS)}, and "
+            '"package.module:Model" names one of your own'
+        )
     module = importlib.import_module(where[0])
     return getattr(module, where[1]), getattr(module, where[2])
 
@@ -59,5 +61,5 @@ def build(system: str, config: Mapping[str, Any], n_genes: int, seed: int = 0) -
       seed: of the initial parameters.
     """
     model, config_class = resolve(system)
-    resolved = from_config(config_class, config, where="model")
+    resolved: Any = from_config(config_class, config, where="model")
     return abstract(lambda: model(resolved, n_genes, rngs=nnx.Rngs(seed)))

@@ -10,7 +10,7 @@ gene's own output (masked-value regression) and from the cell embedding and the 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -111,24 +111,35 @@ class ScGPT(nnx.Module):
         self.config, self.n_genes = config, n_genes
         self.deterministic = False
         uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -0.1, 0.1)  # noqa: E731
-        self.gene = nnx.Embed(n_genes + 3, d, embedding_init=uniform, rngs=rngs,
-                              embedding_metadata={"axes": ("vocab", "embed")})  # fmt: skip
+        self.gene = nnx.Embed(
+            n_genes + 3, d, embedding_init=uniform, rngs=rngs, embedding_metadata={"axes": ("vocab", "embed")}
+        )
         self.gene_norm = layer_norm(d, rngs=rngs)
         self.value = MLP((1, d, d), activation="relu", dtype=dtype, rngs=rngs)
         self.value_norm = layer_norm(d, rngs=rngs)
         self.transformer = Stack(
             c.n_layers,
-            lambda r: Block(d, c.n_heads, c.d_ff, norm=c.norm, dropout=c.dropout, backend=c.attention, dtype=dtype, rngs=r),
-            remat=c.remat, rngs=rngs,
-        )  # fmt: skip
+            lambda r: Block(
+                d, c.n_heads, c.d_ff, norm=c.norm, dropout=c.dropout, backend=c.attention, dtype=dtype, rngs=r
+            ),
+            remat=c.remat,
+            rngs=rngs,
+        )
         if c.norm == "pre":
             self.final_norm = layer_norm(d, rngs=rngs)
         self.decoder = MLP((d, d, d, 1), dtype=dtype, rngs=rngs)
         if c.mvc_weight:
             self.mvc_query = linear(d, d, ("embed", "embed_out"), dtype=dtype, rngs=rngs)
             # from zero: the product of two random vectors would start far outside the range of values
-            self.mvc_product = linear(d, d, ("embed", "embed_out"), use_bias=False, dtype=dtype, rngs=rngs,
-                                      kernel_init=nnx.initializers.zeros)  # fmt: skip
+            self.mvc_product = linear(
+                d,
+                d,
+                ("embed", "embed_out"),
+                use_bias=False,
+                dtype=dtype,
+                rngs=rngs,
+                kernel_init=nnx.initializers.zeros,
+            )
         self.target_sum = Buffer(jnp.zeros(n_genes), axes=("vocab",))
         self.target_count = Buffer(jnp.zeros(n_genes), axes=("vocab",))
 
@@ -220,8 +231,11 @@ class ScGPT(nnx.Module):
     def gene_mean(self, gene_id: Array) -> Array:
         """float32, shape of ``gene_id``: mean value of each gene in the batches seen so far."""
         overall = self.target_sum[...].sum() / jnp.maximum(self.target_count[...].sum(), 1.0)
-        mean = jnp.where(self.target_count[...] > 0, self.target_sum[...] / jnp.maximum(self.target_count[...], 1.0),
-                         overall)  # fmt: skip
+        mean = jnp.where(
+            self.target_count[...] > 0,
+            self.target_sum[...] / jnp.maximum(self.target_count[...], 1.0),
+            overall,
+        )
         return mean[jnp.maximum(gene_id, 0)]
 
     def _update_gene_mean(self, tokens: Tokens, weight: Array) -> None:
@@ -232,7 +246,7 @@ class ScGPT(nnx.Module):
 
     # ------------------------------------------------------------- embedding
     def embed(self, batch: CellBatch) -> Array:
-        """float32 [B, E]: the output at CLS, of length 1, from the most expressed genes with nothing hidden."""
+        """float32 [B, E]: the output at CLS, scaled to length 1, of the most expressed genes, none hidden."""
         value = self.values(batch, None)
         same = jnp.zeros_like(batch.row)  # ties between genes fall alike in every cell, whatever its number
         keys = row_keys(jax.random.key(0), same)

@@ -1,5 +1,25 @@
 """Layers, and the bridge between modules and plain pytrees."""
 
-from scjax.nn.module import Abstract, Buffer, abstract, axes_of, bind, buffers_of, initialise, params_of, shapes_of
+from scjax.nn.module import (
+    Abstract,
+    Buffer,
+    abstract,
+    axes_of,
+    bind,
+    buffers_of,
+    initialise,
+    params_of,
+    shapes_of,
+)
 
-__all__ = ["Abstract", "Buffer", "abstract", "axes_of", "bind", "buffers_of", "initialise", "params_of", "shapes_of"]
+__all__ = [
+    "Abstract",
+    "Buffer",
+    "abstract",
+    "axes_of",
+    "bind",
+    "buffers_of",
+    "initialise",
+    "params_of",
+    "shapes_of",
+]

@@ -11,7 +11,9 @@ from jax import Array
 Backend = Literal["auto", "einsum", "cellwise"]
 
 
-def attention(q_BSHD: Array, k_BSHD: Array, v_BSHD: Array, key_mask_BS: Array, *, backend: Backend = "auto") -> Array:
+def attention(
+    q_BSHD: Array, k_BSHD: Array, v_BSHD: Array, key_mask_BS: Array, *, backend: Backend = "auto"
+) -> Array:
     """softmax(q k / sqrt(D)) v within each cell; the softmax is taken in float32.
 
     Args:
@@ -47,8 +49,9 @@ def _heads(q_BSHD: Array, k_BSHD: Array, v_BSHD: Array, key_mask_BS: Array) -> A
     scores_BHST = scores_BHST + jnp.where(key_mask_BS, 0.0, -1e30)[:, None, None, :]
     top_BHS1 = jax.lax.stop_gradient(scores_BHST.max(-1, keepdims=True))
     weights_BHST = jnp.exp(scores_BHST - top_BHS1)
-    out_BHSD = jnp.einsum("bhst,bhtd->bhsd", weights_BHST.astype(v_BHTD.dtype), v_BHTD,
-                          preferred_element_type=jnp.float32)  # fmt: skip
+    out_BHSD = jnp.einsum(
+        "bhst,bhtd->bhsd", weights_BHST.astype(v_BHTD.dtype), v_BHTD, preferred_element_type=jnp.float32
+    )
     # dividing the D outputs instead of the S weights saves a pass over the scores
     out_BHSD = out_BHSD / weights_BHST.sum(-1, keepdims=True)
     return jnp.moveaxis(out_BHSD, 1, 2).astype(v_BSHD.dtype)

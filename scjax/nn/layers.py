@@ -12,6 +12,7 @@ from jax import Array
 
 from scjax.nn.attention import Backend, attention
 
+LECUN = nnx.initializers.lecun_normal()
 Remat = Literal["none", "full", "dots"]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -21,17 +22,39 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def linear(n_in: int, n_out: int, axes: tuple[str | None, str | None], *, rngs: nnx.Rngs, use_bias: bool = True,
-           dtype: Any = None, kernel_init: Callable[..., Array] = nnx.initializers.lecun_normal()) -> nnx.Linear:
+def linear(
+    n_in: int,
+    n_out: int,
+    axes: tuple[str | None, str | None],
+    *,
+    rngs: nnx.Rngs,
+    use_bias: bool = True,
+    dtype: Any = None,
+    kernel_init: Callable[..., Array] = LECUN,
+) -> nnx.Linear:
     """A dense layer whose kernel and bias carry logical axis names."""
-    return nnx.Linear(n_in, n_out, use_bias=use_bias, dtype=dtype, rngs=rngs, kernel_init=kernel_init,
-                      kernel_metadata={"axes": axes}, bias_metadata={"axes": axes[1:]})  # fmt: skip
+    return nnx.Linear(
+        n_in,
+        n_out,
+        use_bias=use_bias,
+        dtype=dtype,
+        rngs=rngs,
+        kernel_init=kernel_init,
+        kernel_metadata={"axes": axes},
+        bias_metadata={"axes": axes[1:]},
+    )
 
 
 def layer_norm(n: int, *, epsilon: float = 1e-5, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm computed in float32 whatever the dtype of its input."""
-    return nnx.LayerNorm(n, epsilon=epsilon, dtype=jnp.float32, rngs=rngs, scale_metadata={"axes": ("embed",)},
-                         bias_metadata={"axes": ("embed",)})  # fmt: skip
+    return nnx.LayerNorm(
+        n,
+        epsilon=epsilon,
+        dtype=jnp.float32,
+        rngs=rngs,
+        scale_metadata={"axes": ("embed",)},
+        bias_metadata={"axes": ("embed",)},
+    )
 
 
 def dropout(x: Array, rate: float, keys: Array | None) -> Array:
@@ -62,14 +85,22 @@ class Attention(nnx.Module):
         head = d_model // n_heads
         self.backend = backend
         self.qkv = nnx.LinearGeneral(
-            d_model, (3, n_heads, head), dtype=dtype, rngs=rngs,
+            d_model,
+            (3, n_heads, head),
+            dtype=dtype,
+            rngs=rngs,
             kernel_metadata={"axes": ("embed", None, "heads", "head")},
             bias_metadata={"axes": (None, "heads", "head")},
-        )  # fmt: skip
+        )
         self.out = nnx.LinearGeneral(
-            (n_heads, head), d_model, axis=(-2, -1), dtype=dtype, rngs=rngs,
-            kernel_metadata={"axes": ("heads", "head", "embed")}, bias_metadata={"axes": ("embed",)},
-        )  # fmt: skip
+            (n_heads, head),
+            d_model,
+            axis=(-2, -1),
+            dtype=dtype,
+            rngs=rngs,
+            kernel_metadata={"axes": ("heads", "head", "embed")},
+            bias_metadata={"axes": ("embed",)},
+        )
 
     def __call__(self, x_BSE: Array, key_mask_BS: Array) -> Array:
         q, k, v = (self.qkv(x_BSE)[:, :, i] for i in range(3))
@@ -79,9 +110,20 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """One transformer layer, post-norm (as in scGPT, BERT) or pre-norm."""
 
-    def __init__(self, d_model: int, n_heads: int, d_ff: int, *, norm: Literal["post", "pre"] = "post",
-                 activation: str = "relu", dropout: float = 0.0, epsilon: float = 1e-5, backend: Backend = "auto",
-                 dtype: Any = None, rngs: nnx.Rngs):  # fmt: skip
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        d_ff: int,
+        *,
+        norm: Literal["post", "pre"] = "post",
+        activation: str = "relu",
+        dropout: float = 0.0,
+        epsilon: float = 1e-5,
+        backend: Backend = "auto",
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
         if norm not in ("post", "pre"):
             raise ValueError(f'norm is "post" or "pre", not {norm!r}')
         self.norm, self.rate, self.activation = norm, dropout, activation
@@ -114,8 +156,14 @@ class Stack(nnx.Module):
         everything but the layer's input, "dots" keeps the outputs of matrix products with weights.
     """
 
-    def __init__(self, n_layers: int, make_block: Callable[[nnx.Rngs], nnx.Module], *, remat: Remat = "none",
-                 rngs: nnx.Rngs):  # fmt: skip
+    def __init__(
+        self,
+        n_layers: int,
+        make_block: Callable[[nnx.Rngs], nnx.Module],
+        *,
+        remat: Remat = "none",
+        rngs: nnx.Rngs,
+    ):
         if remat not in ("none", "full", "dots"):
             raise ValueError(f'remat is "none", "full" or "dots", not {remat!r}')
         self.n_layers, self.remat = n_layers, remat
@@ -139,12 +187,17 @@ class Stack(nnx.Module):
 class MLP(nnx.Module):
     """Dense layers with an activation between them."""
 
-    def __init__(self, sizes: tuple[int, ...], *, activation: str = "leaky_relu", dtype: Any = None, rngs: nnx.Rngs):
+    def __init__(
+        self, sizes: tuple[int, ...], *, activation: str = "leaky_relu", dtype: Any = None, rngs: nnx.Rngs
+    ):
         last = len(sizes) - 2
         names = [("embed", "embed_out" if i < last else None) for i in range(len(sizes) - 1)]
         self.activation = activation
         self.layers = nnx.List(
-            [linear(a, b, n, dtype=dtype, rngs=rngs) for a, b, n in zip(sizes[:-1], sizes[1:], names, strict=True)]
+            [
+                linear(a, b, n, dtype=dtype, rngs=rngs)
+                for a, b, n in zip(sizes[:-1], sizes[1:], names, strict=True)
+            ]
         )
 
     def __call__(self, x: Array) -> Array:

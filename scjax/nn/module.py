@@ -74,6 +74,7 @@ def abstract(make: Callable[[], nnx.Module]) -> Abstract:
 
 def shapes_of(model: Abstract) -> dict[str, Tree]:
     """``{"params": ..., "buffers": ...}`` of ``jax.ShapeDtypeStruct``."""
+
     def struct(variable: nnx.Variable) -> jax.ShapeDtypeStruct:
         value = variable.get_value()
         return jax.ShapeDtypeStruct(value.shape, value.dtype)
@@ -90,6 +91,7 @@ def axes_of(model: Abstract) -> dict[str, Tree]:
     A stacked layer has one dimension more than its variable was declared with; it is named
     "layers". A variable declared without axes has ``None`` for each dimension (replicated).
     """
+
     def axes(variable: nnx.Variable) -> tuple[str | None, ...]:
         ndim = len(variable.get_value().shape)
         named = tuple(variable.get_metadata().get("axes") or ())
@@ -115,6 +117,7 @@ def initialise(model: Abstract) -> dict[str, Tree]:
 
 def bind(model: Abstract, params: Tree, buffers: Tree) -> Any:
     """The module that holds these arrays. Cheap: made anew inside every jitted step."""
+
     def fill(path: tuple[Any, ...], variable: Any) -> Any:
         if not _is_variable(variable):
             return variable
