@@ -184,7 +184,7 @@ def test_union_names_a_gene_as_most_studies_do():
     st.lists(st.lists(st.tuples(st.sampled_from("ABCDEF"), st.integers(0, 4)), min_size=1), min_size=1),
     st.randoms(),
 )
-@hypothesis.settings(deadline=None, max_examples=100)
+@hypothesis.settings(deadline=None, max_examples=150)
 def test_union_is_independent_of_order_and_every_study_matches_whole(studies, random):
     frames = [
         pd.DataFrame(

@@ -66,7 +66,8 @@ def repeated_symbols(names: pd.Index) -> set[str]:
 def shared_genes(studies: dict[str, ad.AnnData]) -> list[str]:
     first, second = studies.values()
     repeated = set().union(*(repeated_symbols(adata.var_names) for adata in studies.values()))
-    both = [name for name in second.var_names if name in set(first.var_names) and name not in repeated]
+    in_first = set(first.var_names) - repeated
+    both = [name for name in second.var_names if name in in_first]
     cells = sum(np.asarray((adata[:, both].X > 0).sum(0)).ravel() for adata in studies.values())
     return [name for name, n in zip(both, cells, strict=True) if n >= MIN_CELLS]
 

@@ -43,7 +43,9 @@ def validate_counts(
         raise CountsError(f"{source}: holds {values.dtype} values; raw counts are numbers")
     if values.dtype.kind in "bu" and values.dtype.itemsize <= 4:
         return
-    good = (values >= 0) & (values <= MAX_COUNT)  # NaN fails both
+    if values.dtype == np.float16:
+        values = values.astype(np.float32)
+    good = (values >= 0) & (values < MAX_COUNT + 1)  # NaN fails both; 2^32 is exact in float32
     if values.dtype.kind == "f" and not allow_non_integer:
         good &= np.floor(values) == values
     if good.all():

@@ -13,7 +13,7 @@ import anndata as ad
 import numpy as np
 
 from scjax.corpus.obs import ObsSchema, categorise
-from scjax.corpus.source import Source, open_source
+from scjax.corpus.source import Source, default_name, open_source
 from scjax.genes import GeneMatch, Vocabulary
 
 
@@ -60,15 +60,11 @@ def list_studies(
     if not items:
         raise ValueError("no sources to build a corpus from")
     if names is None:
-        n_memory = sum(isinstance(item, ad.AnnData) for item in items)
-        names = [
-            pathlib.Path(item).stem
-            if not isinstance(item, ad.AnnData)
-            else f"adata{i}"
-            if n_memory > 1
-            else "adata"
-            for i, item in enumerate(items)
-        ]
+        names = [default_name(item) for item in items]
+        if sum(isinstance(item, ad.AnnData) for item in items) > 1:
+            names = [
+                f"adata{i}" if isinstance(item, ad.AnnData) else names[i] for i, item in enumerate(items)
+            ]
     if len(names) != len(items):
         raise ValueError(f"{len(names)} names for {len(items)} sources")
     twice = [name for name, times in Counter(names).items() if times > 1]

@@ -117,10 +117,15 @@ def open_source(data: Any, *, name: str | None = None, layer: str | None = None)
         no such matrix (those there are are listed).
     """
     if isinstance(data, ad.AnnData):
-        return MemorySource(data, name or "adata", layer or "X")
+        return MemorySource(data, name or default_name(data), layer or "X")
     if isinstance(data, str | pathlib.Path):
-        return H5adSource(pathlib.Path(data), name or pathlib.Path(data).stem, layer or "X")
+        return H5adSource(pathlib.Path(data), name or default_name(data), layer or "X")
     raise ValueError(f"a source is a path to an .h5ad file or an AnnData, not {type(data).__name__}")
+
+
+def default_name(data: Any) -> str:
+    """The name of a data set that was given none."""
+    return pathlib.Path(data).stem if isinstance(data, str | pathlib.Path) else "adata"
 
 
 def _check_shape(where: str, shape: Sequence[int], obs: int, var: int) -> tuple[int, int]:
@@ -237,8 +242,9 @@ class H5adSource(Source):
             self._obs, self._var = self._frame(file, "obs"), self._frame(file, self._var_key)
             matrix = file[self._key]
             parts = () if isinstance(matrix, h5py.Dataset) else ("data", "indices", "indptr")
-            if any(part not in matrix for part in parts):
-                raise ValueError(f"{self.where}: damaged: a sparse matrix without {' or '.join(parts)}")
+            missing = [part for part in parts if part not in matrix]
+            if missing:
+                raise ValueError(f"{self.where}: damaged: a sparse matrix without {' and '.join(missing)}")
             shape = matrix.shape if isinstance(matrix, h5py.Dataset) else _sparse_attribute(matrix, "shape")
             if shape is None or len(shape) != 2:
                 raise ValueError(f"{self.where}: not a matrix (shape {shape})")

@@ -24,8 +24,7 @@ RUN_ELEMENTS = 2**22  # stored values looked at in one go
 def verify(corpus: Corpus, progress: bool) -> list[str]:
     """See ``Corpus.verify``."""
     problems = [*_objects(corpus.path, corpus.manifest["objects"])]
-    if not problems:
-        problems += _labels(corpus)
+    problems = problems or [*_vocabulary(corpus)]
     sound = not problems
     with cell_progress(progress) as bar:
         task = bar.add_task("checking", total=len(corpus))
@@ -36,7 +35,7 @@ def verify(corpus: Corpus, progress: bool) -> list[str]:
                 found = [f"part {part.id}: {what}" for what in _content(corpus, part)]
             problems += found
             bar.advance(task, part.n_cells)
-    return problems
+    return problems or [*_datasets(corpus)]
 
 
 def _objects(root: pathlib.Path, objects: dict[str, dict[str, object]]) -> Iterator[str]:
@@ -53,7 +52,7 @@ def _objects(root: pathlib.Path, objects: dict[str, dict[str, object]]) -> Itera
                 yield f"{name}: its content has changed ({' and '.join(wrong)} differ)"
 
 
-def _labels(corpus: Corpus) -> Iterator[str]:
+def _vocabulary(corpus: Corpus) -> Iterator[str]:
     try:
         n_genes = len(corpus.vocabulary)
     except ValueError as error:
@@ -62,18 +61,19 @@ def _labels(corpus: Corpus) -> Iterator[str]:
     stated = corpus.manifest["vocabulary"]["n_genes"]
     if n_genes != stated:
         yield f"the vocabulary has {n_genes} genes, the manifest says {stated}"
-    if corpus.columns.get("dataset") != corpus.datasets:
+
+
+def _datasets(corpus: Corpus) -> Iterator[str]:
+    names = corpus.datasets
+    if corpus.columns.get("dataset") != names:
         yield "the categories of the column dataset are not the names of the data sets"
-    for entry, cells in zip(corpus.manifest["datasets"], _cells_per_dataset(corpus), strict=True):
-        if entry["n_cells"] != cells:
-            yield f"data set {entry['name']}: {cells} cells, the manifest says {entry['n_cells']}"
-
-
-def _cells_per_dataset(corpus: Corpus) -> np.ndarray:
-    n = len(corpus.datasets)
-    return sum(
-        (np.bincount(part.codes("dataset"), minlength=n) for part in corpus.parts), np.zeros(n, np.int64)
-    )
+        return
+    cells = np.zeros(len(names), np.int64)
+    for part in corpus.parts:
+        cells += np.bincount(part.codes("dataset"), minlength=len(names))
+    for entry, n in zip(corpus.manifest["datasets"], cells, strict=True):
+        if entry["n_cells"] != n:
+            yield f"data set {entry['name']}: {n} cells, the manifest says {entry['n_cells']}"
 
 
 def _content(corpus: Corpus, part: Part) -> Iterator[str]:
@@ -83,8 +83,13 @@ def _content(corpus: Corpus, part: Part) -> Iterator[str]:
     if (len(nnz), int(indptr[-1]), int(nnz.max())) != (part.n_cells, part.nnz, part.max_nnz):
         yield "index/nnz.npy does not agree with the manifest's cells, nnz and max_nnz"
         return
-    if len(total) != part.n_cells:
-        yield f"index/total.npy has {len(total)} cells, not {part.n_cells}"
+    lengths = {"total.npy": len(total)} | {f"codes/{c}.npy": len(part.codes(c)) for c in corpus.columns}
+    wrong = [
+        f"index/{name} has {n} cells, not {part.n_cells}" for name, n in lengths.items() if n != part.n_cells
+    ]
+    if wrong:
+        yield from wrong
+        return
     if not np.array_equal(part.blocks, np.append(indptr[:-1:BLOCK], indptr[-1])):
         yield "index/blocks.npy does not agree with index/nnz.npy"
     group: Any = zarr.open_group(part.path, mode="r")
@@ -102,7 +107,7 @@ def _content(corpus: Corpus, part: Part) -> Iterator[str]:
         yield "obs['scjax_dataset'] does not agree with index/codes/dataset.npy"
     for column, categories in corpus.columns.items():
         codes = part.codes(column)
-        if len(codes) != part.n_cells or codes.min() < -1 or codes.max() >= len(categories):
+        if codes.min() < -1 or codes.max() >= len(categories):
             yield f"index/codes/{column}.npy has codes outside its {len(categories)} categories"
     yield from _counts(corpus, part, indptr)
 

@@ -313,15 +313,15 @@ class Vocabulary:
         """The union of the genes of several studies, sorted by gene id; their order does not matter.
 
         A gene known by symbol only joins the one Ensembl gene that carries that symbol in another study,
-        unless a study holds both as separate columns. The symbol of a gene is the one most studies use,
-        the others become aliases.
+        unless a study has them, or two such symbols, as separate columns. A gene has the symbol that most
+        studies use, the others become aliases.
 
         Args:
           studies: AnnData objects, ``var`` tables or lists of gene names.
         """
         symbols: dict[str, Counter[str]] = defaultdict(Counter)  # Ensembl id -> how many studies call it what
         bare: dict[str, set[str]] = defaultdict(set)  # symbol without id -> species of its studies
-        together: set[tuple[str, str]] = set()  # (symbol without id, Ensembl id) in one study
+        apart: set[tuple[str, str]] = set()  # (symbol without id, Ensembl id) that are apart in a study
         owners: dict[str, set[str]] = defaultdict(set)  # symbol -> Ensembl ids that carry it
         contents: list[tuple[set[str], set[str]]] = []
         for study in studies:
@@ -344,12 +344,15 @@ class Vocabulary:
                 bare[name].add(species[0][0] if species else "")
             contents.append((with_id, without))
         for with_id, without in contents:
-            together |= {(name, gene) for name in without for gene in owners[name] if gene in with_id}
+            # A study that has a gene by id, or by two symbols, means several genes: none of these joins.
+            claims = [(name, gene) for name in without for gene in owners[name]]
+            times = Counter(gene for _, gene in claims)
+            apart |= {(name, gene) for name, gene in claims if gene in with_id or times[gene] > 1}
 
         genes: dict[str, tuple[str, str, tuple[str, ...]]] = {}
         for name, where in bare.items():
             owner = next(iter(owners[name])) if len(owners[name]) == 1 else ""
-            if owner and (name, owner) not in together and where <= {"", _species_of(owner)}:
+            if owner and (name, owner) not in apart and where <= {"", _species_of(owner)}:
                 continue  # that Ensembl gene under its symbol
             genes[name] = (name, where.pop() if len(where) == 1 else "", ())
         for gene, used in symbols.items():
