@@ -49,7 +49,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def pretrain(config: RunConfig, workdir: str) -> None:
     # ------------------------------------------------------------------------------- devices
-    distributed_start()
+    process, _ = distributed_start()
     mesh = make_mesh(config.mesh)
     process_index, process_count = process_shard(mesh)  # which rows of each batch are read here
 
@@ -76,7 +76,7 @@ def pretrain(config: RunConfig, workdir: str) -> None:
     # --------------------------------------------------------------------------------- model
     model = build(config.system, config.model, len(vocabulary), config.seed)
     about = describe(config.system, config.model, vocabulary, corpus=corpus.manifest_id, seed=config.seed)
-    run = open_run(workdir, dataclasses.asdict(config), about, vocabulary)
+    run = open_run(workdir, about, vocabulary)
 
     # --------------------------------------------------------------------- optimiser and state
     tx, schedule = make_optimizer(config.optimizer, config.train.steps, model)
@@ -93,13 +93,14 @@ def pretrain(config: RunConfig, workdir: str) -> None:
     else:
         step, state = restored.step, restored.state
         data.set_state(restored.cursor)
+    run.record(dataclasses.asdict(config))
 
     steps = config.train.steps
     log, progress = MetricsLog(run.path, step), RunProgress(steps, step)
     progress.say(summary(mesh))
     progress.say(
         f"corpus {corpus.manifest_id}: {len(corpus):,} cells, {len(vocabulary):,} genes; an epoch is "
-        f"{loader.steps_per_epoch:,} batches of {loader.batch_size} cells, padded to {loader.bucket_lengths} genes"
+        f"{loader.steps_per_epoch:,} batches of {loader.batch_size}, padded to {loader.bucket_lengths} genes"
     )
     progress.say(
         f"{config.system}: {count_parameters(state):,} parameters; steps {step:,} to {steps:,} in {run.path}"
@@ -114,8 +115,9 @@ def pretrain(config: RunConfig, workdir: str) -> None:
             meter.add(step, metrics)  # reads the step before, while the device is at this one
             progress.advance(step)
             saving = config.train.due(config.train.checkpoint_every, step)
+            validating = validation is not None and config.train.due(config.train.eval_every, step)
 
-            if saving or config.train.due(config.train.log_every, step):
+            if saving or validating or config.train.due(config.train.log_every, step):
                 means = meter.mean("train")  # raises on a non-finite loss, before anything is saved
                 means["train/learning_rate"] = float(schedule(step - 1))
                 if meter.cells_per_second:
@@ -124,7 +126,7 @@ def pretrain(config: RunConfig, workdir: str) -> None:
                 progress.report(step, means["train/loss"], meter.cells_per_second)
                 checkpoints.check()
 
-            if validation and config.train.due(config.train.eval_every, step):
+            if validating:
                 held_out = Meter()
                 with closing(iter(validation)) as batches:
                     for batch in itertools.islice(batches, config.validation.max_batches):
@@ -133,15 +135,18 @@ def pretrain(config: RunConfig, workdir: str) -> None:
 
             if saving:
                 checkpoints.save(step, state, data.get_state())
-            meter.restart_clock()
+            if validating or saving:
+                meter.restart_clock()
 
     # -------------------------------------------------------------------------------- finish
+    if process != 0:
+        return
     last: dict[str, float] = {}
     for line in read_metrics(run.metrics):
-        last.update(line)
-    progress.say("  ".join(f"{name} {value:.4g}" for name, value in last.items() if "/" in name))
+        last.update({name: value for name, value in line.items() if value is not None})
+    progress.say("  ".join(f"{name} {value:.4g}" for name, value in last.items() if name != "step"))
     split = "validation" if "validation/masked_mse" in last else "train"
-    if f"{split}/gene_mean_mse" in last:
+    if last.get(f"{split}/gene_mean_mse"):
         error, baseline = last[f"{split}/masked_mse"], last[f"{split}/gene_mean_mse"]
         progress.say(
             f"{split}: masked error {error:.4f}, that of the gene means {baseline:.4f}; "

@@ -337,13 +337,14 @@ def about(**changes):
 
 def test_a_run_describes_itself(tmp_path):
     model, vocabulary = about()
-    run = open_run(tmp_path / "run", {"train": {"steps": 3}}, model, vocabulary)
+    run = open_run(tmp_path / "run", model, vocabulary)
+    run.record({"train": {"steps": 3}})
     again = read_run(tmp_path / "run")
     assert again.model == run.model == model and again.config == {"train": {"steps": 3}}
     assert again.vocabulary.hash == vocabulary.hash
     assert model["model"]["d_model"] == 8 and model["model"]["n_layers"] == 2  # defaults are filled in
     # more steps are not another run
-    open_run(tmp_path / "run", {"train": {"steps": 5}}, model, vocabulary)
+    open_run(tmp_path / "run", model, vocabulary).record({"train": {"steps": 5}})
     assert read_run(tmp_path / "run").config == {"train": {"steps": 5}}
     assert not list((tmp_path / "run").glob(".*"))
 
@@ -361,10 +362,10 @@ def test_a_run_describes_itself(tmp_path):
     ],
 )
 def test_a_changed_run_is_refused(tmp_path, changes, told):
-    open_run(tmp_path / "run", {}, *about())
+    open_run(tmp_path / "run", *about())
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     with pytest.raises(CheckpointError, match=told):
-        open_run(tmp_path / "run", {"new": 1}, *about(**changes))
+        open_run(tmp_path / "run", *about(**changes))
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
 
 
@@ -372,15 +373,15 @@ def test_a_directory_with_something_else_is_refused(tmp_path):
     model, vocabulary = about()
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(FileExistsError, match="not a run directory but holds thesis.tex"):
-        open_run(tmp_path, {}, model, vocabulary)
+        open_run(tmp_path, model, vocabulary)
     with pytest.raises(FileExistsError, match="is a file"):
-        open_run(tmp_path / "thesis.tex", {}, model, vocabulary)
+        open_run(tmp_path / "thesis.tex", model, vocabulary)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="not that of a scjax run"):
-        open_run(tmp_path / "other", {}, model, vocabulary)
+        open_run(tmp_path / "other", model, vocabulary)
     (tmp_path / "empty").mkdir()
-    assert open_run(tmp_path / "empty", {}, model, vocabulary).path.is_dir()
+    assert open_run(tmp_path / "empty", model, vocabulary).path.is_dir()
     with pytest.raises(FileNotFoundError, match="no model.json"):
         read_run(tmp_path)
 

@@ -53,7 +53,8 @@ class TrainConfig:
     Attributes:
       steps: of the whole run.
       accumulate: micro-batches that a batch is cut into.
-      log_every: steps averaged into one line of metrics; the last step and checkpoints end a line too.
+      log_every: steps averaged into one line of metrics; the last step, a validation and a checkpoint end
+        a line too.
       eval_every, checkpoint_every: None for only at the end.
       keep: how many checkpoints stay.
     """

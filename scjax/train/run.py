@@ -94,6 +94,12 @@ class Run:
         """Content of ``config.json``."""
         return json.loads((self.path / "config.json").read_text())
 
+    def record(self, config: Mapping[str, Any]) -> None:
+        """Writes ``config.json``, once nothing speaks against going on with it: it may differ from that of
+        the run so far, for instance in its number of steps. Only process 0 writes."""
+        if jax.process_index() == 0:
+            write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+
 
 def read_run(path: str | pathlib.Path) -> Run:
     """An existing run directory.
@@ -145,16 +151,13 @@ def read_model(path: str | pathlib.Path, step: int | None = None) -> dict[str, A
     }
 
 
-def open_run(
-    path: str | pathlib.Path, config: Mapping[str, Any], model: Mapping[str, Any], vocabulary: Vocabulary
-) -> Run:
+def open_run(path: str | pathlib.Path, model: Mapping[str, Any], vocabulary: Vocabulary) -> Run:
     """Makes a run directory, or opens the one that is there to go on with it.
 
     Every process of a run calls this; process 0 writes.
 
     Args:
       path: the directory.
-      config: JSON-able; may differ from that of the run so far, for instance in its number of steps.
       model: from :func:`describe`; its identity may not differ.
       vocabulary: genes of the model.
 
@@ -177,11 +180,11 @@ def open_run(
     barrier("scjax:open_run:checked")
     if jax.process_index() == 0:
         path.mkdir(parents=True, exist_ok=True)
-        # model.json comes first: it marks the directory as a run from then on
-        write_text(path / "model.json", json.dumps(model, indent=2) + "\n")
-        vocabulary.to_tsv(path / ".vocabulary.tsv.partial")
-        os.replace(path / ".vocabulary.tsv.partial", path / "vocabulary.tsv")
-        write_text(path / "config.json", json.dumps(config, indent=2) + "\n")
+        if not (path / "model.json").exists():  # comes first: it marks the directory as a run from then on
+            write_text(path / "model.json", json.dumps(model, indent=2) + "\n")
+        if not (path / "vocabulary.tsv").exists():
+            vocabulary.to_tsv(path / ".vocabulary.tsv.partial")
+            os.replace(path / ".vocabulary.tsv.partial", path / "vocabulary.tsv")
     barrier("scjax:open_run:written")
     return read_run(path)
 
