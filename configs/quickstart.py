@@ -1,7 +1,7 @@
 """A small scGPT on two studies of blood cells, minutes on two CPU cores; what ``make quickstart`` trains.
 
     python experiments/pretrain.py --config=configs/quickstart.py --workdir=runs/quickstart
-    python experiments/pretrain.py --config=configs/quickstart.py --workdir=runs/wider --config.model.d_model=128
+    python experiments/pretrain.py --config=configs/quickstart.py --workdir=runs/b --config.model.d_model=128
 
 It wants the corpus and the gene list that ``tools/quickstart.sh`` makes first. To start a study of your own,
 copy this file, name your corpus and change what you want to ask about.

@@ -13,6 +13,7 @@ baseline gene_mean_mse; beating it takes the thousand steps of ``configs/quickst
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -42,6 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
         }
     )
     config.data = ConfigDict({"corpus": "runs/corpus", "batch_size": 512, "group_lengths": True})
+    config.data.genes = placeholder(str)  # None: all genes of the corpus
     config.validation = ConfigDict({"batch_size": 512, "max_batches": 64})
     steps = 6 * 33_000_000 // 512
     config.optimizer = ConfigDict(
