@@ -224,7 +224,8 @@ def annotate(
       ValueError: no such column (lists those there are), or fewer than two labels with 2 cells.
     """
     import pandas as pd
-    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -247,12 +248,10 @@ def annotate(
     for cells in (reference, adata):
         embed(cells, model, key_added=key, batch_size=batch_size, layer=layer, progress=progress)
     folds = int(min(5, counted[counted >= 2].min()))
-    probe = make_pipeline(
-        StandardScaler(),
-        LogisticRegressionCV(
-            Cs=[0.01, 0.1, 1.0], cv=folds, class_weight="balanced", max_iter=2000, scoring="f1_macro"
-        ),
-    ).fit(reference.obsm[key][known], names[known])
+    regression = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
+    strengths = {"logisticregression__C": [0.01, 0.1, 1.0]}
+    probe = GridSearchCV(regression, strengths, cv=folds, scoring="f1_macro")
+    probe.fit(reference.obsm[key][known], names[known])
     probability = probe.predict_proba(adata.obsm[key])
     best = probability.argmax(1)
     column = f"{key_added}_{label_key}"
