@@ -335,6 +335,7 @@ def test_a_given_vocabulary_selects_genes_but_total_counts_all(tmp_path):
     np.testing.assert_array_equal(corpus.parts[0].total, np.asarray(adata.X[of].sum(1)).ravel())
     entry = corpus.manifest["datasets"][0]
     assert (entry["genes_matched"], entry["genes_total"]) == (20, 50)
+    assert entry["genes_unmatched"] == [f"GENE{i}" for i in range(20, 40)]
 
 
 def test_columns_of_one_gene_are_summed_on_request(tmp_path):

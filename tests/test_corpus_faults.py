@@ -311,8 +311,8 @@ def test_bad_names(tmp_path):
         a.write_h5ad(tmp_path / folder / "s.h5ad")
     refuse(ValueError, "called s: give each its own", [tmp_path / "x/s.h5ad", tmp_path / "y/s.h5ad"], out)
     refuse(ValueError, "1 names for 2 sources", [a, a], out, names=["a"])
-    a.obs["_site"] = "x"
-    refuse(ValueError, "the obs column '_site' needs a name without", a, out)
+    a.obs[7] = "x"
+    refuse(ValueError, "the obs column 7 must be renamed: a name is text", a, out)
 
 
 @pytest.mark.parametrize(

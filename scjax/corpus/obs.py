@@ -42,9 +42,10 @@ class ObsSchema:
         for name in obs.columns:
             if name in RESERVED:
                 continue
-            if not isinstance(name, str) or "/" in name or name.startswith((".", "_")) or not name:
+            if not isinstance(name, str) or "/" in name or name.startswith(".") or name in ("", "_index"):
                 raise ValueError(
-                    f"{where}: the obs column {name!r} needs a name without '/' or a leading '.' or '_'"
+                    f"{where}: the obs column {name!r} must be renamed: a name is text, without '/', "
+                    "does not begin with '.' and is not '_index'"
                 )
             values = obs[name]
             column = self._columns.setdefault(name, _Column())

@@ -51,7 +51,9 @@ class Spill:
             return None
         cells = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
         genes, counts = (
-            np.memmap(self._folder / f"{bucket}.{name}", dtype, "r") for name, dtype in self._dtypes.items()
+            # As plain arrays: slicing a memmap object costs several times as much.
+            np.asarray(np.memmap(self._folder / f"{bucket}.{name}", dtype, "r"))
+            for name, dtype in self._dtypes.items()
         )
         return genes, counts, cells
 
@@ -121,6 +123,7 @@ def map_sources(
                 "genes_total": source.shape[1],
                 "genes_matched": match.n_matched,
                 "matched_by": match.matched_by,
+                "genes_unmatched": match.unmatched[:20],  # examples
             }
         )
     if not any(entry["n_cells"] for entry in entries):

@@ -204,9 +204,7 @@ class MemorySource(Source):
             density = self.shape[1]
         step = max(1, int(CHUNK_ELEMENTS / max(density, 1)))
         for start in range(0, self.shape[0], step):
-            rows = matrix[start : start + step]
-            rows = rows.compute() if hasattr(rows, "compute") else rows
-            rows = sparse.csr_matrix(rows, copy=True)
+            rows = sparse.csr_matrix(matrix[start : start + step], copy=True)
             rows.data = _plain(rows.data)
             yield rows
 
@@ -219,7 +217,6 @@ class MemorySource(Source):
         for name, matrix in matrices.items():
             if matrix is not None:
                 head = matrix[:100]
-                head = head.compute() if hasattr(head, "compute") else head
                 heads[name] = head.data if sparse.issparse(head) else np.asarray(head)
         return heads
 
