@@ -27,7 +27,7 @@ from orbax.checkpoint.checkpoint_managers import LatestN
 from scjax.parallel import barrier, everywhere
 from scjax.train.state import State
 
-UNREADABLE = (ValueError, KeyError, OSError, RuntimeError)
+FAILURES = (ValueError, KeyError, TypeError, OSError, RuntimeError)  # what Orbax raises on bad or no files
 
 
 class CheckpointError(ValueError):
@@ -184,7 +184,7 @@ class Checkpoints:
     def _disk_errors(self) -> Iterator[None]:
         try:
             yield
-        except UNREADABLE as error:
+        except FAILURES as error:
             for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             kept = max((s for s in self.steps() if s != self._saving), default=None)
@@ -193,7 +193,7 @@ class Checkpoints:
             if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
                 message = f"{what}: the disk is full; {intact}. Free some space and resume"
                 raise OSError(errno.ENOSPC, message) from None
-            raise OSError(errno.EIO, f"{what}: {str(error).splitlines()[0]}; {intact}") from error
+            raise OSError(errno.EIO, f"{what}: {_first_line(error)}; {intact}") from error
 
     # --------------------------------------------------------------- restore
     def restore(self, abstract: State) -> Restored | None:
@@ -213,8 +213,8 @@ class Checkpoints:
                 restored = self._restore(step, abstract)
             except CheckpointError:
                 raise
-            except UNREADABLE as error:
-                problems[step] = str(error).splitlines()[0][:300]
+            except FAILURES as error:
+                problems[step] = _first_line(error)
             if everywhere(restored is not None):
                 self._set_aside(problems, step)
                 return restored
@@ -229,11 +229,10 @@ class Checkpoints:
         refuse_changes(meta["identity"], self.identity, self.directory)
         different = changes(meta["leaves"], _describe(abstract))
         if different:
-            shown = "; ".join(different[:5]) + (
-                f" and {len(different) - 5} more" if len(different) > 5 else ""
-            )
             raise CheckpointError(
-                f"checkpoint {step} in {self.directory} has another shape of state: {shown}"
+                f"checkpoint {step} in {self.directory} has another shape of state: "
+                + "; ".join(different[:5])
+                + (f" and {len(different) - 5} more" if len(different) > 5 else "")
             )
         items = {"state": ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore()}
         read = self._manager.restore(step, args=ocp.args.Composite(**items))
@@ -253,6 +252,10 @@ class Checkpoints:
                 (self.directory / str(step)).rename(_unused(self.directory / f"{step}.damaged"))
         barrier("scjax:set_aside")
         self._open()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _unused(path: pathlib.Path) -> pathlib.Path:
@@ -315,6 +318,6 @@ def restore_variables(
         _verify(variables, meta)
     except CheckpointError:
         raise
-    except UNREADABLE as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+    except FAILURES as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
     return variables, int(path.name)
