@@ -1,12 +1,12 @@
 # Two commands do everything on a fresh machine with Python >= 3.11 and make:
 #   make quickstart   environment, real cells, a pretrained and probed checkpoint, a report
-#   make test         the test suite
+#   make test         the test suite (make test-slow: every file of the development data, where it is)
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    ?= runs/quickstart
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart env test test-slow lint notebooks clean
+.PHONY: quickstart env test test-slow lint clean
 
 quickstart: env
 	PYTHON=$(BIN)/python RUN=$(RUN) bash tools/quickstart.sh
@@ -24,7 +24,10 @@ $(VENV)/.dev: $(VENV)/.installed
 	@touch $@
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 -m "slow and not gpu"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

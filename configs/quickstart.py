@@ -35,8 +35,8 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.data = ConfigDict(
         {
-            "corpus": "runs/quickstart/corpus",
-            "genes": "runs/quickstart/genes.tsv",
+            "corpus": "runs/pbmc/corpus",
+            "genes": "runs/pbmc/genes.tsv",
             "batch_size": 64,
         }
     )

@@ -82,7 +82,7 @@ def get_config(arg: str = "") -> ConfigDict:
             remat="none",
             dtype="float32",
         )
-        config.data.update(corpus="runs/quickstart/corpus", batch_size=32)
+        config.data.update(corpus="runs/pbmc/corpus", batch_size=32)
         config.validation.update(batch_size=32, max_batches=2)
         config.optimizer.update(learning_rate=2e-3, warmup_steps=10)
         config.train.update(steps=60, log_every=10, eval_every=30, checkpoint_every=20)
