@@ -63,7 +63,7 @@ def annotation(
         ValueError: X, labels or groups cannot be used, or no label of a held-out group occurs outside it.
     """
     cells = select(labels, groups, min_class_size=min_class_size)
-    represent = _representation(X, name, cells, len(labels))
+    represent = _representation(X, name, cells, len(labels), zero_rows=kind != "model")
     folds, scheme = split(cells, seed)
     shape = (len(cells), len(cells.label_names))
     proba = {head: np.zeros(shape) for head in heads}
@@ -100,11 +100,15 @@ def annotation(
     return out
 
 
-def _representation(X: Any, name: str, cells: Cells, n_cells: int) -> Callable[[np.ndarray], np.ndarray]:
+def _representation(
+    X: Any, name: str, cells: Cells, n_cells: int, zero_rows: bool
+) -> Callable[[np.ndarray], np.ndarray]:
     """Features of the selected cells as a function of the training positions among them."""
     if callable(X):
         return lambda train: X(cells.rows[train])[cells.rows]
-    features = np.zeros((len(cells), 1), np.float32) if X is None else matrix(X, name, n_cells)[cells.rows]
+    if X is None:
+        return lambda train: np.zeros((len(cells), 0), np.float32)
+    features = matrix(X, name, n_cells, zero_rows=zero_rows)[cells.rows]
     return lambda train: features
 
 

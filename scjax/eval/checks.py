@@ -18,12 +18,14 @@ UNLABELLED = frozenset({"", "na", "nan", "none", "unassigned", "unknown", "unlab
 """Values (compared in lower case) that mean "no label"; such cells are dropped and counted."""
 
 
-def matrix(X: Any, name: str, n_cells: int | None = None, cells: Sequence[str] | None = None) -> np.ndarray:
-    """An embedding as a dense float32 array of shape [cells, dimensions], or a ValueError that says what is
-    wrong.
+def matrix(
+    X: Any, name: str, n_cells: int, cells: Sequence[str] | None = None, zero_rows: bool = False
+) -> np.ndarray:
+    """An embedding as a dense float32 array [cells, dimensions], or a ValueError that says what is wrong.
 
-    Refused: wrong shape, values that are not finite, cells without any signal (all-zero rows), no variation
-    at all. ``cells`` are names to use in messages.
+    Refused: wrong shape, values that are not finite, no variation at all, and all-zero rows unless
+    ``zero_rows`` (an embedding has none, the genes of a poor cell may). ``cells`` are names to use in
+    messages.
     """
     X = X.to_numpy() if isinstance(X, pd.DataFrame) else X
     X = X.toarray() if sp.issparse(X) else X
@@ -33,7 +35,7 @@ def matrix(X: Any, name: str, n_cells: int | None = None, cells: Sequence[str] |
         raise ValueError(f"embedding {name!r} is not numeric: {error}") from None
     if X.ndim != 2 or X.shape[1] == 0:
         raise ValueError(f"embedding {name!r} has shape {X.shape}; [cells, dimensions] is needed")
-    if n_cells is not None and len(X) != n_cells:
+    if len(X) != n_cells:
         raise ValueError(f"embedding {name!r} has {len(X)} rows for {n_cells} cells")
 
     def refuse(bad: np.ndarray, what: str) -> None:
@@ -46,7 +48,7 @@ def matrix(X: Any, name: str, n_cells: int | None = None, cells: Sequence[str] |
     refuse(~np.isfinite(X).all(1), "hold NaN or infinite values")
     if len(X) and (X == X[0]).all():
         raise ValueError(f"embedding {name!r} is constant: every cell has the same vector")
-    refuse(~X.any(1), "have an all-zero vector (were they embedded?)")
+    refuse(~X.any(1) & (not zero_rows), "have an all-zero vector (were they embedded?)")
     return X
 
 

@@ -53,7 +53,7 @@ def clustering(
     """
     cells = select(labels, min_class_size=min_class_size)
     cells = cells.take(stratified(cells.label, max_cells, seed))
-    features = matrix(X, name, len(labels))[cells.rows]
+    features = matrix(X, name, len(labels), zero_rows=kind != "model")[cells.rows]
     out = Results(facts={"dropped": cells.dropped})
     common: dict[str, Any] = {
         "task": "clustering",
@@ -77,7 +77,7 @@ def clustering(
     k = len(cells.label_names)
     clusters = KMeans(k, n_init=3, random_state=seed).fit_predict(features)
     impl = f"scjax.eval; scikit-learn=={sklearn.__version__}"
-    add(score(clusters), head="kmeans", setting=f"k = {k} labels", metric_impl=impl)
+    add(score(clusters), head="kmeans", metric_impl=impl, note=f"k = {k}, the number of labels")
     if reason := missing("scanpy", "igraph", "umap"):
         out.rows.append(
             row(**common, head="leiden", setting=FIXED, metric="nmi", status="skipped", note=reason)

@@ -25,7 +25,7 @@ from scjax.eval.results import Results, row
 
 N_LISI, N_GRAPH, N_KBET = 90, 15, 50  # neighbours, the cell itself included
 MIN_CELLS = 10  # per batch and label, for measures within a label
-NO_BATCH_SIGNAL = 0.005  # share of variance below which a batch effect cannot be said to have been removed
+NO_BATCH_SIGNAL = 3.0  # times the variance that random batches explain: less leaves no effect to remove
 
 
 @one_thread
@@ -67,7 +67,7 @@ def integration(
     require_shared_labels(cells)
     assert cells.batch is not None
     cells = cells.take(stratified(cells.label * len(cells.batch_names) + cells.batch, max_cells, seed))
-    features = matrix(X, name, len(labels))[cells.rows]
+    features = matrix(X, name, len(labels), zero_rows=kind != "model")[cells.rows]
     y, b = cells.label, cells.batch
     assert b is not None
     weights = stats.resample(len(cells), n_boot, seed, "integration")
@@ -87,7 +87,7 @@ def integration(
         "graph_connectivity": np.array([_graph_connectivity(neighbours[1][:, :N_GRAPH], y)]),
     }
     if pre is not None:
-        before = matrix(pre, "pre-integration representation", len(labels))[cells.rows]
+        before = matrix(pre, "pre-integration representation", len(labels), zero_rows=True)[cells.rows]
         mixing["pcr"] = _pcr(before, features, b, weights)
 
     out = Results(facts={"dropped": cells.dropped})
@@ -127,7 +127,7 @@ def integration(
 
 
 _UNDEFINED = {
-    "pcr": f"batch explains less than {NO_BATCH_SIGNAL:.1%} of the variance before integration",
+    "pcr": "before integration batches explain no more variance than random ones would",
     "bras": "no label has two batches",
     "cilisi": f"no label has {MIN_CELLS} cells in each of two batches",
 }
@@ -199,7 +199,7 @@ def _bras(X: np.ndarray, y: np.ndarray, b: np.ndarray) -> np.ndarray:
     """1 − |silhouette by batch| per cell among its label, cosine distance, against all other batches; NaN
     where undefined.
     """
-    unit = X / np.linalg.norm(X, axis=1, keepdims=True)
+    unit = X / np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-12)
     value = np.full(len(X), np.nan)
     for rows in _within_labels(y, b, 1).values():
         batches = np.unique(b[rows], return_inverse=True)[1]
@@ -255,7 +255,10 @@ def _batch_share(X: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarra
 def _pcr(before: np.ndarray, after: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """By which part of itself the batch share of variance has fallen; not below 0, NaN if there was none."""
     pre, post = _batch_share(before, b, weights), _batch_share(after, b, weights)
-    return np.clip((pre - post) / pre, 0, 1) if pre[0] >= NO_BATCH_SIGNAL else np.array([np.nan])
+    by_chance = (len(np.unique(b)) - 1) / (len(b) - 1)
+    if pre[0] < NO_BATCH_SIGNAL * by_chance:
+        return np.array([np.nan])
+    return stats.centred(np.clip((pre - post) / pre, 0, 1))
 
 
 def _kbet(distances: np.ndarray, indices: np.ndarray, y: np.ndarray, b: np.ndarray) -> float:

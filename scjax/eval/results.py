@@ -159,7 +159,7 @@ class Results:
                     line = json.loads(text)
                     record = line.pop("record")
                     version = line.get("schema_version", SCHEMA_VERSION)
-                except (json.JSONDecodeError, KeyError, AttributeError) as error:
+                except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
                     raise ValueError(
                         f"{path}, line {number}: not a record of scjax.eval results ({error!r})"
                     ) from None

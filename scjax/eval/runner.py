@@ -20,7 +20,6 @@ from scjax.eval.environment import missing, one_thread, version
 from scjax.eval.integration import integration
 from scjax.eval.results import Results, row
 
-RANDOM_INIT = "random_init"
 SIMPLE = ("pca", "hvg", "depth_only")  # the simple baselines, of which the best is compared with each model
 PACKAGES = ("numpy", "scipy", "pandas", "scikit-learn", "anndata", "scanpy", "igraph", "umap", "scjax")
 
@@ -137,6 +136,8 @@ def run(
 
     def score(task: str, r: Representation) -> Results:
         about: dict[str, Any] = {**shared, "name": r.name, "kind": r.kind, "embedding_key": r.key}
+        if r.absent:
+            raise ValueError(r.absent)
         if task == "annotation":
             return annotation(r.features, names, group_of, heads=r.heads, **about)
         if task == "clustering":
@@ -153,32 +154,28 @@ def run(
         )
 
     jobs = [(task, r) for task in tasks for r in representations if task in r.tasks]
-    pictures = (
-        [r for r in representations if r.kind == "model" or r.name in ("pca", *_twin_names(twins))]
-        if maps
-        else []
-    )
+    drawn = ("pca", *_twin_names(twins))
+    pictures = [r for r in representations if maps and (r.kind == "model" or r.name in drawn)]
     results = Results()
     wall: dict[str, float] = {}
     with _progress(progress, len(jobs) + len(pictures)) as advance:
         for task, r in jobs:
             advance(f"{task}: {r.name}")
             begun = time.perf_counter()
-            if r.absent:
-                results.rows.append(
-                    row(
-                        task=task,
-                        model_id=r.name,
-                        model_kind=r.kind,
-                        metric=tables.HEADLINE[task][0],
-                        status="skipped",
-                        note=r.absent,
-                    )
-                )
-            else:
+            try:
                 scored = score(task, r)
                 results.extend(scored)
-                results.facts |= {k: v for k, v in scored.facts.items() if k != "dropped"}
+                results.facts |= scored.facts
+            except ValueError as error:
+                if r.key:  # what the user gave is refused; a control that cannot be made is skipped
+                    raise
+                gap = {
+                    "task": task,
+                    "metric": tables.HEADLINE[task][0],
+                    "status": "skipped",
+                    "note": str(error),
+                }
+                results.rows.append(row(model_id=r.name, model_kind=r.kind, **gap))
             wall[task] = round(wall.get(task, 0) + time.perf_counter() - begun, 2)
         _differences(results, embeddings, twins)
         if pictures:
@@ -204,7 +201,7 @@ def run(
         "batches": _sizes(cells.batch, cells.batch_names),
         "tasks": tasks,
         "embeddings": {k: list(table[k].shape) for k in table},
-        "twins": {m: _twin_names(twins)[i] for i, m in enumerate(twins)},
+        "twins": dict(zip(twins, _twin_names(twins), strict=True)),
         "min_class_size": min_class_size,
         "graph_cells": graph_cells,
         "n_boot": n_boot,
@@ -231,13 +228,13 @@ def _controls(
     embeddings: Sequence[str], controls: Mapping[str, Any]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Random-initialised twins by embedding, and the other obsm keys by name."""
-    twin = controls.get(RANDOM_INIT, {})
+    twin = controls.get(tables.RANDOM_INIT, {})
     twins = dict.fromkeys(embeddings, twin) if isinstance(twin, str) else dict(twin)
     if unknown := [e for e in twins if e not in embeddings]:
         raise KeyError(
             f"controls['random_init'] names {unknown[0]!r}, not one of the embeddings {list(embeddings)}"
         )
-    further = {name: key for name, key in controls.items() if name != RANDOM_INIT}
+    further = {name: key for name, key in controls.items() if name != tables.RANDOM_INIT}
     reserved = {*SIMPLE, "noise", "majority", "oracle", "collapsed", *embeddings}
     if clash := reserved & set(further):
         raise ValueError(f"controls: the name {sorted(clash)[0]!r} is taken")
@@ -247,8 +244,8 @@ def _controls(
 def _twin_names(twins: Mapping[str, str]) -> list[str]:
     """What each twin is called in the tables."""
     if len(set(twins.values())) <= 1:
-        return [RANDOM_INIT] * len(twins)
-    return [f"{RANDOM_INIT} of {model}" for model in twins]
+        return [tables.RANDOM_INIT] * len(twins)
+    return [f"{tables.RANDOM_INIT} of {model}" for model in twins]
 
 
 def _obsm(adata: ad.AnnData, key: str) -> np.ndarray:
@@ -313,7 +310,7 @@ def _differences(results: Results, embeddings: Sequence[str], twins: Mapping[str
     """
     names = dict(zip(twins, _twin_names(twins), strict=True))
     for task, head, setting in dict.fromkeys((r["task"], r["head"], r["setting"]) for r in results.rows):
-        if setting not in ("", tables.FIXED) and head != "kmeans":
+        if setting not in ("", tables.FIXED):
             continue
         fixed = {
             "task": task,

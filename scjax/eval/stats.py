@@ -38,8 +38,9 @@ def interval(score: np.ndarray, level: float = 0.95) -> tuple[float, float]:
 def centred(score: np.ndarray) -> np.ndarray:
     """A score whose resamples are moved to have its value as their mean.
 
-    A resample holds cells several times over, and the copies agree with each other: agreement of clusterings
-    comes out higher in resamples than in the data, by as much as the width of its interval.
+    A resample holds cells several times over, and copies agree with each other: agreement of clusterings and
+    shares of variance come out higher in resamples than in the data, by as much as the width of their
+    intervals.
     """
     return np.concatenate([score[:1], score[1:] - score[1:].mean() + score[0]]) if len(score) > 1 else score
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from scjax.eval.verdict import Gate
 
 MEAN = "mean of groups"
+RANDOM_INIT = "random_init"
+MANY = 10  # held-out groups, their mean among them, that are shown one by one
 FIXED, SWEEP, ORACLE = "resolution 1.0", "sweep mean", "best NMI (oracle)"  # settings of Leiden
 KIND_ORDER = ("model", "baseline", "control", "oracle")
 TASKS = ("annotation", "clustering", "integration")
@@ -84,7 +86,8 @@ def columns(frame: pd.DataFrame, task: str, full: bool = True) -> list[Column]:
         lead = MEAN if MEAN in groups else (groups[0] if groups else "")
         out = []
         for head in ("logistic", "knn"):
-            shown = [lead, *[g for g in groups if g != lead]] if full and len(groups) <= 5 else [lead]
+            apart = full and len(groups) <= (MANY if head == "logistic" else 4)
+            shown = [lead, *[g for g in groups if g != lead]] if apart else [lead]
             over = f"macro-F1, {HEAD_NAMES[head]}"
             out += [
                 Column(
@@ -133,10 +136,14 @@ def columns(frame: pd.DataFrame, task: str, full: bool = True) -> list[Column]:
 
 
 def lines(frame: pd.DataFrame, task: str, shown: Sequence[Column]) -> list[Line]:
-    """One line per representation: models first, then baselines, controls, oracle."""
+    """One line per representation: models, their twins, baselines, controls, oracle."""
     rows = frame[frame["task"].eq(task) & frame["versus"].eq("") & frame["label"].eq("")]
     named = rows.drop_duplicates("model_id")
-    named = named.assign(order=named["model_kind"].map(KIND_ORDER.index)).sort_values("order", kind="stable")
+    rank = [
+        0.5 if is_twin(m) else KIND_ORDER.index(k)
+        for m, k in zip(named["model_id"], named["model_kind"], strict=True)
+    ]
+    named = named.assign(rank=rank).sort_values("rank", kind="stable")
     out = []
     for model, kind in zip(named["model_id"], named["model_kind"], strict=True):
         of_model = rows[rows["model_id"] == model]
@@ -151,25 +158,41 @@ def lines(frame: pd.DataFrame, task: str, shown: Sequence[Column]) -> list[Line]
     return out
 
 
+def is_twin(model_id: str) -> bool:
+    """Whether this name is that of a random-initialised twin."""
+    return model_id.split(" of ")[0] == RANDOM_INIT
+
+
 def _pick(rows: pd.DataFrame, fields: Mapping[str, str]) -> pd.DataFrame:
     for name, value in fields.items():
         rows = rows[rows[name] == value]
     return rows
 
 
-def number(cell: Mapping[str, Any] | None, signed: bool = False) -> str:
-    """A value with its interval: ``0.81 [0.79, 0.83]``."""
+def value(cell: Mapping[str, Any] | None, signed: bool = False) -> str:
+    """A value alone: ``0.812``; "skipped" or "undefined" where there is none."""
     if cell is None:
         return ""
     if cell["status"] == "skipped":
         return "skipped"
-    if cell["value"] is None or pd.isna(cell["value"]):
-        return "undefined"
-    sign = "+" if signed else ""
-    text = f"{cell['value']:{sign}.3f}"
-    if cell["ci_low"] is not None and pd.notna(cell["ci_low"]):
-        text += f" [{cell['ci_low']:{sign}.3f}, {cell['ci_high']:{sign}.3f}]"
-    return text
+    return "undefined" if cell["value"] is None or pd.isna(cell["value"]) else _digits(cell["value"], signed)
+
+
+def bounds(cell: Mapping[str, Any] | None, signed: bool = False) -> tuple[str, str] | None:
+    """The ends of the interval of a value, if it has one."""
+    if cell is None or cell["ci_low"] is None or pd.isna(cell["ci_low"]):
+        return None
+    return _digits(cell["ci_low"], signed), _digits(cell["ci_high"], signed)
+
+
+def number(cell: Mapping[str, Any] | None, signed: bool = False) -> str:
+    """A value with its interval: ``0.812 [0.793, 0.830]``."""
+    ends = bounds(cell, signed)
+    return value(cell, signed) + (f" [{ends[0]}, {ends[1]}]" if ends else "")
+
+
+def _digits(x: float, signed: bool) -> str:
+    return f"{round(x, 3) + 0.0:{'+' if signed else ''}.3f}"  # + 0.0: no minus before a zero
 
 
 def formatted(frame: pd.DataFrame, task: str | None = None) -> pd.DataFrame:
@@ -192,11 +215,15 @@ def formatted(frame: pd.DataFrame, task: str | None = None) -> pd.DataFrame:
 
 
 def differences(frame: pd.DataFrame) -> pd.DataFrame:
-    """Paired differences of the leading metric of each task (both axes for integration)."""
+    """Paired differences of the leading metric of each task (both axes for integration).
+
+    Of many groups only their mean is kept.
+    """
     rows = frame[frame["versus"] != ""]
     leading = {"annotation": ("macro_f1",), "clustering": ("nmi",), "integration": ("bio", "batch")}
     keep = [m in leading[t] for t, m in zip(rows["task"], rows["metric"], strict=True)]
-    return rows[keep]
+    rows = rows[keep]
+    return rows if rows["group"].nunique() <= MANY else rows[rows["group"].isin(("", MEAN))]
 
 
 def describe(difference: Mapping[str, Any]) -> str:
