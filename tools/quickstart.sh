@@ -10,8 +10,8 @@ say() { printf '\n\033[1m[%s] %s\033[0m\n' "$1" "$2"; }
 
 say 1/4 "Two studies of human blood cells, as raw counts, into one corpus"
 mkdir -p "$data"
-studies=$("$python" -c 'import scjax.datasets as d; print(*d.pbmc_paths().values())')
-[ -e "$data/corpus/HEAD" ] || scjax corpus build $studies --out "$data/corpus" --validation 0.05
+IFS=$'\n' studies=($("$python" -c 'import scjax.datasets as d; print(*d.pbmc_paths().values(), sep="\n")'))
+[ -e "$data/corpus/HEAD" ] || scjax corpus build "${studies[@]}" --out "$data/corpus" --validation 0.05
 [ -e "$data/genes.tsv" ] || scjax corpus genes "$data/corpus" --top 1500 --out "$data/genes.tsv"
 
 say 2/4 "Pretraining: hide values, predict them (no label is used)"
