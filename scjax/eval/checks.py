@@ -70,7 +70,7 @@ def encode(values: Any, name: str, n_cells: int) -> tuple[np.ndarray, list[str]]
     text = series.map(lambda v: "" if pd.isna(v) else str(v))
     text = text.where(~text.str.strip().str.lower().isin(UNLABELLED), "")
     names = sorted(set(text) - {""})
-    return pd.Categorical(text, categories=names).codes.astype(np.int64), names
+    return pd.Index(names, dtype=object).get_indexer(text.to_numpy(object)), names
 
 
 @dataclass(frozen=True)
