@@ -169,7 +169,7 @@ def evaluate(args: argparse.Namespace) -> int:
     )
     directory.mkdir(parents=True, exist_ok=True)
     results.to_jsonl(directory / "results.jsonl")
-    out.print(results)
+    out.print(results.brief())
     results.report(directory / "report.html", title=args.title, curves=curves, facts=facts)
     out.print(f"report: {directory / 'report.html'}")
     return 0

@@ -126,6 +126,16 @@ class Results:
     def __rich__(self) -> Any:
         return tables.to_rich(self.to_frame(), self.facts, self.gates())
 
+    def brief(self) -> Any:
+        """What fits a screen, for rich to print: scores, where each model stands, gates that did not pass."""
+        from rich.console import Group
+
+        frame = self.to_frame()
+        models = dict.fromkeys(frame.loc[frame["model_kind"] == "model", "model_id"])
+        stands = [line for model in models for line in verdict.summary(frame, model)]
+        shut = [gate for gate in self.gates() if gate.level in ("fail", "caution")]
+        return Group(*tables.score_tables(frame), *stands, *tables.gate_lines(shut))
+
     def _repr_html_(self) -> str:
         return self.table().to_html()
 

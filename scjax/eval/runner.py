@@ -91,7 +91,7 @@ def run(
         min_class_size: labels with fewer cells are left out and counted.
         max_cells: larger data are sampled by label and group; graph_cells: the same for clustering,
         integration and maps.
-        n_boot: bootstrap resamples.
+        n_boot: bootstrap resamples; with 0 there are neither intervals nor paired differences.
         pretrain_overlap: whether pretraining saw these cells: "none", "cell", "study" or "unknown".
         kbet: also kBET (slow; needs scib-metrics).
         maps: also UMAP coordinates for the report.

@@ -69,9 +69,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table: one representation and the row of results under each column (None where there is
-    none).
-    """
+    """A line of a table: a representation and, under each column, its row of results or None."""
 
     model_id: str
     kind: str
@@ -258,12 +256,10 @@ def to_text(frame: pd.DataFrame, facts: Mapping[str, Any], gates: Sequence[Gate]
     return "\n\n".join(parts)
 
 
-def to_rich(frame: pd.DataFrame, facts: Mapping[str, Any], gates: Sequence[Gate]) -> Any:
-    """Everything as a rich renderable."""
-    from rich.console import Group
+def score_tables(frame: pd.DataFrame) -> list[Any]:
+    """The main columns of each task as rich tables."""
     from rich.markup import escape
     from rich.table import Table
-    from rich.text import Text
 
     style = {"model": "bold", "baseline": "", "control": "dim", "oracle": "dim italic"}
     parts: list[Any] = []
@@ -278,6 +274,25 @@ def to_rich(frame: pd.DataFrame, facts: Mapping[str, Any], gates: Sequence[Gate]
             cells = [escape(number(c)) for c in line.cells]
             table.add_row(escape(line.model_id), line.kind, *cells, style=style[line.kind])
         parts.append(table)
+    return parts
+
+
+def gate_lines(gates: Sequence[Gate]) -> list[Any]:
+    """Gates as rich text, a colour a level."""
+    from rich.text import Text
+
+    colours = {"fail": "bold red", "caution": "yellow", "note": "dim", "pass": "green"}
+    return [Text(f"{g.level.upper():>8}  {g.message}", style=colours[g.level]) for g in gates]
+
+
+def to_rich(frame: pd.DataFrame, facts: Mapping[str, Any], gates: Sequence[Gate]) -> Any:
+    """Everything as a rich renderable."""
+    from rich.console import Group
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    parts = score_tables(frame)
     rows = differences(frame).to_dict("records")
     if rows:
         table = Table(
@@ -300,6 +315,4 @@ def to_rich(frame: pd.DataFrame, facts: Mapping[str, Any], gates: Sequence[Gate]
                 Text(number(r, signed=True), style=colour),
             )
         parts.append(table)
-    colours = {"fail": "bold red", "caution": "yellow", "note": "dim", "pass": "green"}
-    parts += [Text(f"{g.level.upper():>8}  {g.message}", style=colours[g.level]) for g in gates]
-    return Group(*parts)
+    return Group(*parts, *gate_lines(gates))
