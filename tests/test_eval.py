@@ -558,6 +558,10 @@ def test_tables_and_text_show_values_with_intervals(results):
     console = rich.Console(width=160, record=True, file=io.StringIO())
     console.print(results)
     assert "paired differences" in console.export_text() and "X_good" in results._repr_html_()
+    console.print(results.brief())
+    brief = console.export_text()
+    assert "Annotation: X_good is ahead of its random-initialised twin" in brief and "CAUTION" in brief
+    assert "paired differences" not in brief and "PASS" not in brief
 
 
 def test_results_are_read_back_as_they_were(results, tmp_path):

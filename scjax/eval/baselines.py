@@ -31,7 +31,7 @@ def find_counts(adata: ad.AnnData, layer: str | None = None) -> tuple[Any, list[
     Raises KeyError for a missing layer and ValueError where the values are not non-negative integers.
     """
     places: dict[str, Any] = {"X": adata.X}
-    places |= {name: adata.layers[name] for name in adata.layers if name is not None}
+    places |= {str(name): X for name, X in adata.layers.items() if name is not None}
     if adata.raw is not None:
         places["raw"] = adata.raw.X
     places = {name: X for name, X in places.items() if X is not None}

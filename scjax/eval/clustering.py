@@ -106,7 +106,8 @@ def neighbour_graph(X: np.ndarray, seed: int) -> ad.AnnData:
     """An AnnData that holds scanpy's graph of 15 neighbours of ``X``."""
     import scanpy as sc
 
-    holder = ad.AnnData(np.zeros((len(X), 1), np.float32), obsm={"X": X})
+    holder = ad.AnnData(np.zeros((len(X), 1), np.float32))
+    holder.obsm["X"] = X
     sc.pp.neighbors(holder, n_neighbors=min(N_NEIGHBORS, len(X) - 1), use_rep="X", random_state=seed)
     return holder
 

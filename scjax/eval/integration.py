@@ -191,7 +191,7 @@ def _cilisi(X: np.ndarray, y: np.ndarray, b: np.ndarray) -> np.ndarray:
     value = np.full(len(X), np.nan)
     for rows in _within_labels(y, b, MIN_CELLS).values():
         batches = np.unique(b[rows], return_inverse=True)[1]
-        value[rows] = (_lisi(*_neighbours(X[rows], N_LISI), batches) - 1) / batches.max()
+        value[rows] = (_lisi(*_neighbours(X[rows], N_LISI), batches) - 1) / np.max(batches)
     return value
 
 
@@ -203,9 +203,10 @@ def _bras(X: np.ndarray, y: np.ndarray, b: np.ndarray) -> np.ndarray:
     value = np.full(len(X), np.nan)
     for rows in _within_labels(y, b, 1).values():
         batches = np.unique(b[rows], return_inverse=True)[1]
-        if batches.max() + 1 == len(rows):
+        n_batches = int(np.max(batches)) + 1
+        if n_batches == len(rows):
             continue
-        member = np.eye(batches.max() + 1)[batches]
+        member = np.eye(n_batches)[batches]
         distance = (1 - unit[rows] @ unit[rows].T).clip(0).astype(np.float64)
         np.fill_diagonal(distance, 0)
         sums, size = distance @ member, member.sum(0)
@@ -230,7 +231,7 @@ def _graph_connectivity(indices: np.ndarray, y: np.ndarray) -> float:
     for label in np.unique(y):
         rows = np.flatnonzero(y == label)
         pieces = connected_components(graph[rows][:, rows], connection="strong")[1]
-        shares.append(np.bincount(pieces).max() / len(rows))
+        shares.append(np.max(np.bincount(pieces)) / len(rows))
     return float(np.mean(shares))
 
 

@@ -35,7 +35,7 @@ def split(cells: Cells, seed: int) -> tuple[list[Fold], str]:
     """Folds that keep groups whole where there are groups, and the name of the scheme."""
     splitter: Any
     if cells.group is None:
-        n = max(2, min(5, int(np.bincount(cells.label).min())))
+        n = max(2, min(5, int(np.min(np.bincount(cells.label)))))
         splitter, scheme = (
             StratifiedKFold(n, shuffle=True, random_state=seed),
             f"{n}-fold over CELLS, not groups",
@@ -106,7 +106,7 @@ def _choose_C(X: np.ndarray, y: np.ndarray, group: np.ndarray | None, seed: int)
                 guess = model.set_params(C=C).fit(X[fit], y[fit]).predict(X[check])
                 judged = np.unique(y[check])
                 scores[i] += f1_score(y[check], guess, labels=judged, average="macro", zero_division=0)
-    return C_GRID[int(scores.argmax())]
+    return C_GRID[int(np.argmax(scores))]
 
 
 def knn(Z: np.ndarray, cells: Cells, fold: Fold, seed: int) -> tuple[np.ndarray, str]:
