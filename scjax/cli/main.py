@@ -122,7 +122,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if directory.exists() and any(directory.iterdir()) and not args.force:
         raise ValueError(f"{directory} is not empty; name another --out or add --force to write into it")
     adata = anndata.read_h5ad(args.input)
-    embeddings, controls = list(args.obsm or ()), {}
+    embeddings: list[str] = list(args.obsm or ())
+    controls: dict[str, dict[str, str]] = {}
     facts: dict[str, Any] = {"input": str(args.input)}
     curves = None
     if args.model:
@@ -141,7 +142,7 @@ def evaluate(args: argparse.Namespace) -> int:
             progress=True,
         )
         embeddings.insert(0, "X_scjax")
-        controls["random_init"] = "X_scjax_random_init"
+        controls["random_init"] = {"X_scjax": "X_scjax_random_init"}
         facts |= {
             "model": str(args.model),
             "step": model.step,
