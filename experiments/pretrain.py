@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 from contextlib import closing
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from scjax.config import from_config
@@ -157,6 +157,7 @@ def pretrain(config: RunConfig, workdir: str) -> None:
 
 
 def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # JAX would tell of every kind of device that is not here
     pretrain(from_config(RunConfig, _CONFIG.value, where="config"), _WORKDIR.value)
 
 

@@ -72,6 +72,8 @@ def summary(frame: pd.DataFrame, model: str) -> list[str]:
             other = f"its {role}" if role == TWIN else f"{found[0]['versus']}, the {role},"
             if len(set(states)) == 1:
                 parts.append(f"{words[states[0]]} {other}")
+            elif "ahead" not in states:
+                parts.append(f"not ahead of {other} in any of {len(states)} held-out groups")
             else:
                 parts.append(f"ahead of {other} in {states.count('ahead')} of {len(states)} held-out groups")
         if parts:
