@@ -308,7 +308,9 @@ def test_a_small_vocabulary_makes_narrow_batches(corpus, monkeypatch, group_leng
     for batch, n in zip(whole, kept, strict=True):
         used = batch.weight > 0
         np.testing.assert_array_equal(batch.n_genes[used], np.asarray(n).ravel()[used])
-        assert batch.shape[1] == min(length for length in loader.bucket_lengths if length >= batch.n_genes.max())
+        assert batch.shape[1] == min(
+            length for length in loader.bucket_lengths if length >= batch.n_genes.max()
+        )
     halves = [take(Loader(corpus, 32, **options, process_index=i, process_count=2), 5) for i in range(2)]
     for batch, first, second in zip(whole, *halves, strict=False):
         np.testing.assert_array_equal(batch.gene_id, np.concatenate([first.gene_id, second.gene_id]))

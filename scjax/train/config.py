@@ -15,8 +15,8 @@ class DataConfig:
     """What is read: a corpus, and how :class:`scjax.loader.Loader` goes through it (see there).
 
     ``genes`` is a vocabulary table (``scjax corpus genes`` writes one): the genes that the model knows;
-    None or "" for all of the corpus. ``labels`` are the label columns that batches carry; None for all that the
-    corpus has.
+    None or "" for all of the corpus. ``labels`` are the label columns that batches carry; None for all
+    that the corpus has.
     """
 
     corpus: str
