@@ -27,10 +27,15 @@ def get_config(arg: str = "") -> ConfigDict:
             "n_layers": 2,
             "d_ff": 128,
             "dropout": 0.0,
+            "norm": "post",
             "max_length": 161,
+            "values": "binned",
+            "n_bins": 51,
             "tie": "mid",
             "value_scale": 1 / 50,
             "mask_fractions": (0.25, 0.5, 0.75),
+            "mvc_weight": 1.0,
+            "dtype": "float32",
         }
     )
     config.data = ConfigDict(
@@ -38,6 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "corpus": "runs/pbmc/corpus",
             "genes": "runs/pbmc/genes.tsv",
             "batch_size": 64,
+            "group_lengths": True,
         }
     )
     config.validation = ConfigDict({"batch_size": 64})
@@ -54,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.train = ConfigDict(
         {
-            "steps": 1200,
+            "steps": 1500,
             "log_every": 20,
             "eval_every": 200,
             "checkpoint_every": 300,
