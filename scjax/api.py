@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -16,9 +15,11 @@ if TYPE_CHECKING:
     import anndata
     from rich.table import Table
 
+    from scjax.genes import GeneMatch
     from scjax.nn import Abstract
+    from scjax.types import CellBatch
 
-MIN_MATCHED = 0.05  # share of the model's genes below which an embedding would mean little
+MIN_MATCHED = 0.05  # share of genes, of the data or the model, below which an embedding means little
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,6 +58,10 @@ class Model:
         module.eval()
         return module
 
+    def match(self, adata: anndata.AnnData, layer: str | None = None) -> GeneMatch:
+        """Which columns of the counts of ``adata`` are which genes of the model."""
+        return self.vocabulary.match(adata.raw.var if layer == "raw" and adata.raw is not None else adata.var)
+
     @property
     def n_parameters(self) -> int:
         import jax
@@ -69,7 +74,12 @@ class Model:
 
         from scjax.nn import bind
 
-        return jax.jit(lambda params, buffers, batch: bind(self.abstract, params, buffers).embed(batch))
+        def run(params: dict[str, Any], buffers: dict[str, Any], batch: CellBatch) -> jax.Array:
+            module = bind(self.abstract, params, buffers)
+            module.eval()
+            return module.embed(batch)
+
+        return jax.jit(run)
 
     def embed(
         self,
@@ -77,27 +87,24 @@ class Model:
         *,
         batch_size: int = 64,
         layer: str | None = None,
+        duplicates: Literal["error", "sum"] = "error",
         progress: bool = False,
     ) -> np.ndarray:
         """Cell embedding, float32 [n_obs, D]; see :func:`embed`."""
-        from rich.progress import Progress, TimeRemainingColumn
-
+        from scjax.corpus.progress import cell_progress
         from scjax.loader import cells
 
-        match = self.vocabulary.match(adata.var)
-        if match.n_matched < MIN_MATCHED * len(self.vocabulary):
+        match = self.match(adata, layer)
+        if match.n_matched < MIN_MATCHED * min(len(self.vocabulary), len(match.names)):
             raise ValueError(
-                f"{match.summary()}. That is less than {MIN_MATCHED:.0%} of the {len(self.vocabulary):,} "
-                f"genes {self.path} was trained on; they look like {self.vocabulary.ids[:3]} "
-                f"({self.vocabulary.symbols[:3]})"
+                f"{match.summary()}. The {len(self.vocabulary):,} genes {self.path} was trained on look like "
+                f"{self.vocabulary.ids[:3]} ({self.vocabulary.symbols[:3]})"
             )
         out = None
-        with Progress(
-            *Progress.get_default_columns()[:-1], TimeRemainingColumn(), disable=not progress, transient=True
-        ) as bar:
-            task = bar.add_task(f"embedding {adata.n_obs:,} cells", total=adata.n_obs)
+        with cell_progress(progress) as bar:
+            task = bar.add_task("embedding", total=adata.n_obs)
             start = 0
-            for batch in cells(adata, self.vocabulary, batch_size, layer=layer):
+            for batch in cells(adata, self.vocabulary, batch_size, layer=layer, duplicates=duplicates):
                 vectors = np.asarray(self._embed(self.params, self.buffers, batch))
                 if out is None:
                     out = np.empty((adata.n_obs, vectors.shape[1]), np.float32)
@@ -120,7 +127,13 @@ class Model:
         return dataclasses.replace(self, **jax.jit(lambda: initialise(fresh))(), step=0)
 
     def gene_embedding(self) -> np.ndarray:
-        """The gene-embedding table, float32 [n_genes, E], in the order of the vocabulary."""
+        """The gene-embedding table, float32 [n_genes, E], in the order of the vocabulary.
+
+        Raises:
+          ValueError: the system keeps no such table under ``gene``.
+        """
+        if not hasattr(getattr(self.module, "gene", None), "embedding"):
+            raise ValueError(f"{self.system} has no table of gene embeddings")
         return np.asarray(self.module.gene.embedding[...])[: len(self.vocabulary)]
 
     def parameter_table(self) -> Table:
@@ -131,8 +144,10 @@ class Model:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of the run's ``metrics.jsonl``, [] if it has none."""
+        from scjax.train.metrics import read_metrics
+
         file = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        return read_metrics(file) if file.is_file() else []
 
 
 def load(path: str | Path, step: int | None = None) -> Model:
@@ -161,6 +176,7 @@ def embed(
     key_added: str = "X_scjax",
     batch_size: int = 64,
     layer: str | None = None,
+    duplicates: Literal["error", "sum"] = "error",
     progress: bool = False,
 ) -> None:
     """Embeds the cells of ``adata`` in place.
@@ -173,22 +189,25 @@ def embed(
       model: what :func:`load` returned, or a path for it.
       key_added: name in ``adata.obsm``; what was done is noted in ``adata.uns["scjax"][key_added]``.
       batch_size: cells at a time.
-      layer: where the counts are; ``adata.X`` by default.
+      layer: where the counts are: None for ``adata.X``, "raw", or the name of a layer.
+      duplicates: several columns that are one gene: "error", or "sum" their counts.
       progress: show a progress bar.
 
     Raises:
-      ValueError: counts that are not raw, or hardly any gene in common with the model; says so before
-        anything is computed.
+      ValueError: counts that are not raw, or hardly any gene in common with the model. ``adata`` is then
+        as it was.
     """
     model = _model(model)
-    adata.obsm[key_added] = model.embed(adata, batch_size=batch_size, layer=layer, progress=progress)
-    match = model.vocabulary.match(adata.var)
+    adata.obsm[key_added] = model.embed(
+        adata, batch_size=batch_size, layer=layer, duplicates=duplicates, progress=progress
+    )
+    match = model.match(adata, layer)
     adata.uns.setdefault("scjax", {})[key_added] = {
         "run": str(model.path),
         "system": model.system,
         "step": model.step,
         "vocabulary": model.vocabulary.hash,
-        "genes": {"matched": match.n_matched, "in data": adata.n_vars, "in model": len(model.vocabulary)},
+        "genes": {"matched": match.n_matched, "in data": len(match.names), "in model": len(model.vocabulary)},
     }
 
 

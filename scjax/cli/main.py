@@ -57,7 +57,7 @@ def corpus_build(args: argparse.Namespace) -> int:
         seed=args.seed,
         min_genes=args.min_genes,
         allow_non_integer=args.allow_non_integer,
-        duplicates="sum" if args.sum_duplicates else "error",
+        duplicates=args.duplicates,
         codec=args.codec,
     )
     out.print(corpus.info())
@@ -95,16 +95,37 @@ def corpus_genes(args: argparse.Namespace) -> int:
     return 0
 
 
+def _read(path: str) -> Any:
+    """An AnnData; errors name the file."""
+    import anndata
+    import h5py
+
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    if not h5py.is_hdf5(path):
+        raise ValueError(f"{path}: not an HDF5 file; an .h5ad file is needed")
+    try:
+        return anndata.read_h5ad(path)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged, truncated or not an AnnData file ({error})") from error
+
+
 # ------------------------------------------------------- embeddings and scores
 def embed(args: argparse.Namespace) -> int:
-    import anndata
-
     from scjax import api
 
     _refuse_existing(args.out, args.force)
-    adata = anndata.read_h5ad(args.input)
+    adata = _read(args.input)
     model = api.load(args.model)
-    api.embed(adata, model, key_added=args.key, batch_size=args.batch_size, layer=args.layer, progress=True)
+    api.embed(
+        adata,
+        model,
+        key_added=args.key,
+        batch_size=args.batch_size,
+        layer=args.layer,
+        duplicates=args.duplicates,
+        progress=True,
+    )
     _write_whole(adata.write_h5ad, args.out)
     out.print(
         f"{adata.n_obs:,} cells embedded in {adata.obsm[args.key].shape[1]} dimensions: "
@@ -114,15 +135,21 @@ def embed(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    import anndata
-
     import scjax.eval
+    from scjax.eval import checks
 
     directory = Path(args.out)
     if directory.exists() and any(directory.iterdir()) and not args.force:
         raise ValueError(f"{directory} is not empty; name another --out or add --force to write into it")
-    adata = anndata.read_h5ad(args.input)
+    adata = _read(args.input)
+    # what is wrong with the call is said before hours of embedding, not after
+    for key, role in ((args.label, "label"), (args.batch, "batch"), (args.group, "group")):
+        if key is not None:
+            checks.column(adata.obs, key, role)
     embeddings: list[str] = list(args.obsm or ())
+    for key in embeddings:
+        if key not in adata.obsm:
+            raise KeyError(f"{args.input} has no obsm key {key!r}; there are {sorted(adata.obsm)}")
     controls: dict[str, dict[str, str]] = {}
     facts: dict[str, Any] = {"input": str(args.input)}
     curves = None
@@ -131,7 +158,13 @@ def evaluate(args: argparse.Namespace) -> int:
 
         model = api.load(args.model)
         api.embed(
-            adata, model, key_added="X_scjax", batch_size=args.batch_size, layer=args.layer, progress=True
+            adata,
+            model,
+            key_added="X_scjax",
+            batch_size=args.batch_size,
+            layer=args.layer,
+            duplicates=args.duplicates,
+            progress=True,
         )
         api.embed(
             adata,
@@ -139,6 +172,7 @@ def evaluate(args: argparse.Namespace) -> int:
             key_added="X_scjax_random_init",
             batch_size=args.batch_size,
             layer=args.layer,
+            duplicates=args.duplicates,
             progress=True,
         )
         embeddings.insert(0, "X_scjax")
@@ -246,7 +280,7 @@ def _parser() -> argparse.ArgumentParser:
         "--min-genes", type=int, default=1, metavar="N", help="drop cells with fewer genes (default: 1)"
     )
     build.add_argument("--allow-non-integer", action="store_true", help="take fractional values as they are")
-    build.add_argument("--sum-duplicates", action="store_true", help="add up columns that name one gene")
+    _add_duplicates(build)
     build.add_argument("--codec", default="fast", choices=("fast", "balanced", "small", "local"))
     build.add_argument("--seed", type=int, default=0, help="of the order of cells on disk (default: 0)")
     for name, run, text in (
@@ -314,8 +348,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_duplicates(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--sum-duplicates",
+        dest="duplicates",
+        action="store_const",
+        const="sum",
+        default="error",
+        help="add up columns that name one gene (default: an error)",
+    )
+
+
 def _add_reading(command: argparse.ArgumentParser) -> None:
     command.add_argument("--layer", metavar="NAME", help="layer with the raw counts (default: X)")
+    _add_duplicates(command)
     command.add_argument("--batch-size", type=int, default=64)
     command.add_argument("--force", action="store_true", help="replace what is there")
 

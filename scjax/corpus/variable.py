@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,7 +47,9 @@ def variable_genes(corpus: Corpus, n: int, *, max_cells: int = 50_000) -> Vocabu
     scanpy.pp.log1p(sample)
     several = sample.obs["scjax_dataset"].nunique() > 1
     sample.obs["scjax_dataset"] = sample.obs["scjax_dataset"].astype("category")
-    scanpy.pp.highly_variable_genes(sample, n_top_genes=n, batch_key="scjax_dataset" if several else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The inplace keyword")  # scanpy 1.12 on pandas 3.1
+        scanpy.pp.highly_variable_genes(sample, n_top_genes=n, batch_key="scjax_dataset" if several else None)
     chosen = set(sample.var_names[sample.var["highly_variable"]])
     whole = corpus.vocabulary.to_dict()
     keep = [i for i, name in enumerate(corpus.vocabulary.ids) if name in chosen]

@@ -39,17 +39,18 @@ def select_genes(
     """
     if gene_id.shape[-1] <= length:
         return gene_id, count
-    uniform = gene_uniform(keys, gene_id)
-    if method == "random":
-        score = uniform
-    elif method == "top":
-        score = count + uniform  # counts are whole, the fraction breaks ties
-    else:
+    if method not in ("random", "top"):
         raise ValueError(f'method is "random" or "top", not {method!r}')
-    if keep is not None:
-        score = score + jnp.where(jnp.isin(gene_id, keep), jnp.float32(2.0**20), 0.0)
-    score = jnp.where(gene_id >= 0, score, -1.0)
-    _, slot = jax.lax.top_k(score, length)
+    uniform = jnp.where(gene_id >= 0, gene_uniform(keys, gene_id), -1.0)
+    if method == "random" and keep is None:
+        _, slot = jax.lax.top_k(uniform, length)
+    else:  # by one criterion after another; the last named here is the first to decide
+        criteria = [-uniform]
+        if method == "top":
+            criteria.append(-count)
+        if keep is not None:
+            criteria.append(~jnp.isin(gene_id, keep))
+        slot = jnp.lexsort([*criteria, gene_id < 0], axis=-1)[..., :length]
     return jnp.take_along_axis(gene_id, slot, axis=-1), jnp.take_along_axis(count, slot, axis=-1)
 
 

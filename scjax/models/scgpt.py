@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from scjax.encoding import bin_quantiles, gene_uniform, log1p, normalize_total, row_keys, select_genes
+from scjax.encoding import bin_quantiles, log1p, mask_genes, normalize_total, row_keys, select_genes
 from scjax.encoding.values import Tie
 from scjax.nn.attention import Backend
 from scjax.nn.layers import MLP, Block, Remat, Stack, dropout, fold, layer_norm, linear
@@ -161,11 +161,10 @@ class ScGPT(nnx.Module):
         gene_id, target = select_genes(batch.gene_id, target, c.max_length - 1, choice)
         fractions = jnp.asarray(c.mask_fractions, jnp.float32)
         drawn = jax.vmap(lambda k: jax.random.choice(k, fractions))(fraction)
-        order = jnp.where(gene_id >= 0, gene_uniform(mask, gene_id), 2.0)
-        slot = jnp.argsort(order, axis=-1)
-        gene_id, target = (jnp.take_along_axis(x, slot, axis=-1) for x in (gene_id, target))
-        n_hidden = jnp.floor((gene_id >= 0).sum(-1) * drawn + 1e-4)
-        hidden = jnp.arange(gene_id.shape[-1]) < n_hidden[:, None]
+        hidden = mask_genes(gene_id, drawn, mask)
+        # slots have no order of their own: with the hidden genes first, the heads can skip the rest
+        slot = jnp.argsort(~hidden, axis=-1)
+        gene_id, target, hidden = (jnp.take_along_axis(x, slot, axis=-1) for x in (gene_id, target, hidden))
         return Tokens(gene_id, jnp.where(hidden, MASK_VALUE, target), target, hidden)
 
     # --------------------------------------------------------------- network
@@ -213,7 +212,6 @@ class ScGPT(nnx.Module):
         encode_key, drop_key = jax.random.split(key)
         tokens = self.encode(batch, encode_key)
         cell, genes = self(tokens, None if self.deterministic else row_keys(drop_key, batch.row))
-        # hidden genes come first, so the heads need not look at the rest
         n = max(int(tokens.gene_id.shape[1] * max(self.config.mask_fractions) + 1e-4), 1)
         gene_id, target = tokens.gene_id[:, :n], tokens.target[:, :n]
         mask = tokens.hidden[:, :n] * batch.weight[:, None]
@@ -241,8 +239,10 @@ class ScGPT(nnx.Module):
     def _update_gene_mean(self, tokens: Tokens, weight: Array) -> None:
         seen = (tokens.gene_id >= 0) * weight[:, None]
         slot = jnp.maximum(tokens.gene_id, 0)
-        self.target_sum[...] = self.target_sum[...].at[slot].add(seen * tokens.target)
-        self.target_count[...] = self.target_count[...].at[slot].add(seen)
+        # float32 cannot count past 2**24: from 2**20 on, older batches weigh half as much
+        keep = jnp.where(self.target_count[...] > 2**20, 0.5, 1.0)
+        for buffer, new in ((self.target_sum, seen * tokens.target), (self.target_count, seen)):
+            buffer[...] = buffer[...] * keep + jnp.zeros(self.n_genes).at[slot].add(new)
 
     # ------------------------------------------------------------- embedding
     def embed(self, batch: CellBatch) -> Array:

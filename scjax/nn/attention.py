@@ -28,18 +28,14 @@ def attention(
       [B, S, H, D] in the dtype of ``v_BSHD``.
     """
     if backend == "auto":
-        backend = "cellwise" if jax.default_backend() == "cpu" and _one_device() else "einsum"
+        # mapping over cells that are spread over devices would gather them on each
+        backend = "cellwise" if jax.default_backend() == "cpu" and jax.device_count() == 1 else "einsum"
     if backend == "einsum":
         return _heads(q_BSHD, k_BSHD, v_BSHD, key_mask_BS)
     if backend == "cellwise":
         one = jax.checkpoint(lambda cell: _heads(*(x[None] for x in cell))[0])
         return jax.lax.map(one, (q_BSHD, k_BSHD, v_BSHD, key_mask_BS))
     raise ValueError(f'backend is "auto", "einsum" or "cellwise", not {backend!r}')
-
-
-def _one_device() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or mesh.size == 1
 
 
 def _heads(q_BSHD: Array, k_BSHD: Array, v_BSHD: Array, key_mask_BS: Array) -> Array:
