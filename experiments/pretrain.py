@@ -158,7 +158,10 @@ def pretrain(config: RunConfig, workdir: str) -> None:
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # JAX would tell of every kind of device that is not here
-    pretrain(from_config(RunConfig, _CONFIG.value, where="config"), _WORKDIR.value)
+    try:
+        pretrain(from_config(RunConfig, _CONFIG.value, where="config"), _WORKDIR.value)
+    except (ValueError, KeyError, OSError, FloatingPointError) as error:  # what the user can mend
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def _check(value: Any, hint: Any, where: str) -> Any:
         return tuple(_check(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
     if kind in (dict, Mapping) or getattr(kind, "__name__", "") == "Mapping":
         if hasattr(value, "items"):
-            return dict(value.items())
+            return value.to_dict() if hasattr(value, "to_dict") else dict(value.items())
     elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     elif kind is int and isinstance(value, float) and value.is_integer():

@@ -135,6 +135,20 @@ def test_select_genes_is_a_uniform_choice_and_keeps_what_it_must():
     assert np.abs(np.delete(share, [3, 17]) - 3 / 18).max() < 0.03
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e7])
+def test_top_and_keep_hold_at_any_scale(scale):
+    """Values may be fractions (scaled bins, logarithms): the order is by value first, chance breaks ties."""
+    rng = np.random.default_rng(4)
+    count = (rng.permuted(np.tile(np.arange(100.0), (8, 1)), axis=1) * scale).astype(np.float32)
+    ids = ids_of(count + 1)
+    gene, value = encoding.select_genes(ids, count, 10, keys_of(8), method="top")
+    np.testing.assert_allclose(value, np.tile(np.arange(99, 89, -1) * scale, (8, 1)), rtol=1e-6)
+    lowest = np.array([int(np.argmin(row)) for row in count])
+    gene, _ = encoding.select_genes(ids, count, 10, keys_of(8), method="top", keep=lowest)
+    for i in range(8):
+        assert set(np.unique(lowest)) <= set(np.asarray(gene[i]).tolist())
+
+
 def test_selection_puts_padding_last():
     count = np.zeros((2, 50), np.float32)
     count[:, ::7] = 1

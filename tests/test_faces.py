@@ -147,6 +147,27 @@ class TestEmbed:
         assert "X_scjax" not in cells.obsm
         np.testing.assert_array_equal(model.embed(cells, layer="counts"), expected)
 
+    def test_genes_of_raw_and_of_a_small_panel(self, model, files):
+        """The counts of raw have raw's genes; few genes are fine if they are the model's."""
+        cells = ad.read_h5ad(files / "both.h5ad")[:30].copy()
+        expected = model.embed(cells)
+        cells.raw = cells
+        panel = cells[:, cells.var_names.isin(model.vocabulary.symbols[:14])].copy()
+        np.testing.assert_array_equal(model.embed(panel, layer="raw"), expected)
+        assert panel.n_vars < 0.05 * len(model.vocabulary) and model.embed(panel).shape == expected.shape
+        cells.var_names = [f"unknown{i}" for i in range(cells.n_vars)]
+        del cells.var["ensembl_id"]
+        with pytest.raises(ValueError, match="0 of 12,881 genes matched"):
+            scjax.embed(cells, model)
+
+    def test_repeated_genes(self, model, files):
+        cells = ad.read_h5ad(files / "both.h5ad")[:30].copy()
+        halves = ad.concat([cells, cells], axis=1, merge="same")
+        with pytest.raises(ValueError, match="several columns"):
+            scjax.embed(halves, model)
+        assert "X_scjax" not in halves.obsm
+        scjax.embed(halves, model, duplicates="sum")
+
 
 def test_annotate(model, files):
     cells = ad.read_h5ad(files / "both.h5ad")
@@ -227,7 +248,7 @@ class TestConfigs:
     def test_show_and_params(self, config, capsys):
         for arg in ("", ":smoke"):
             assert main(["config", "show", f"{config}{arg}"]) == 0
-            assert "system: scgpt" in capsys.readouterr().out
+            assert '"system": "scgpt"' in capsys.readouterr().out
         assert main(["config", "params", str(config), "--genes", "500"]) == 0
         assert "gene/embedding" in capsys.readouterr().out
 
@@ -244,11 +265,30 @@ class TestConfigs:
         (["embed", "nowhere.h5ad", "--model", "nowhere", "--out", "{tmp}/o.h5ad"], "nowhere"),
         (["eval", "{files}/both.h5ad", "--label", "cell_type", "--out", "{tmp}/e"], "--model"),
         (["eval", "{files}/both.h5ad", "--obsm", "X_no", "--label", "cell_type", "--out", "{tmp}/e"], "X_no"),
+        (
+            ["embed", "{files}/text.h5ad", "--model", "nowhere", "--out", "{tmp}/o.h5ad"],
+            "text.h5ad: not an HDF5",
+        ),
+        (["embed", "{files}/torn.h5ad", "--model", "nowhere", "--out", "{tmp}/o.h5ad"], "torn.h5ad: damaged"),
+        (
+            ["eval", "{files}/other.h5ad", "--obsm", "X", "--label", "l", "--out", "{tmp}/e"],
+            "other.h5ad: damaged",
+        ),
+        (
+            ["eval", "{files}/both.h5ad", "--model", "no", "--label", "celltype", "--out", "{tmp}/e"],
+            "cell_type",
+        ),
         (["config", "show", "configs/none.py"], "configs/none.py"),
         (["config", "show", "configs/scgpt.py:smok"], "smok"),
     ],
 )
 def test_bad_input_is_one_clear_line(command, message, files, tmp_path, capsys, monkeypatch):
+    import h5py
+
+    (files / "text.h5ad").write_text("cells")
+    (files / "torn.h5ad").write_bytes((files / "both.h5ad").read_bytes()[:100_000])
+    with h5py.File(files / "other.h5ad", "w") as file:
+        file["numbers"] = np.arange(3)
     monkeypatch.chdir(ROOT)
     assert main([part.format(tmp=tmp_path, files=files) for part in command]) == 2
     assert message in capsys.readouterr().err.replace("\n", "")

@@ -292,8 +292,18 @@ def test_genes_of_another_vocabulary(corpus):
             assert b.count[i, :n].tolist() == a.count[i, slots].tolist()
     with pytest.raises(ValueError, match="vocabulary was .* and is"):
         iter(mapped).set_state(iter(plain).get_state())
-    with pytest.raises(ValueError, match="none of the genes"):
+    with pytest.raises(ValueError, match="0 of the 1 genes asked for"):
         Loader(corpus, 32, vocabulary=Vocabulary(["ENSG99999999999"]))
+
+
+def test_a_gene_list_may_hold_symbols_and_must_mostly_match(corpus):
+    symbols = corpus.vocabulary.symbols[10:40]
+    ids = corpus.vocabulary.ids[10:40]
+    by_symbol, by_id = (take(Loader(corpus, 32, vocabulary=Vocabulary(names)), 2) for names in (symbols, ids))
+    for a, b in zip(by_symbol, by_id, strict=True):
+        np.testing.assert_array_equal(a.gene_id, b.gene_id)
+    with pytest.raises(ValueError, match="1 of the 10 genes asked for"):
+        Loader(corpus, 32, vocabulary=Vocabulary([ids[0], *(f"ENSG8{i:010d}" for i in range(9))]))
 
 
 @pytest.mark.parametrize("group_lengths", [False, True])

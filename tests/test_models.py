@@ -12,6 +12,7 @@ from flax import nnx
 from scjax import models
 from scjax.config import ConfigError
 from scjax.encoding import mask_genes, row_keys
+from scjax.models.scgpt import Tokens
 from scjax.nn import Buffer, abstract, axes_of, bind, buffers_of, initialise, shapes_of
 from scjax.types import CellBatch
 
@@ -54,6 +55,10 @@ class MeanModel(nnx.Module):
 
     def embed(self, batch):
         return self((batch.gene_id, jnp.log1p(batch.count), batch.gene_id < -1))[0]
+
+
+def test_every_system_is_tested_here():
+    assert set(models.SYSTEMS) <= set(TINY)
 
 
 def batch_of(n: int = 6, seed: int = 0, slots: int = SLOTS) -> CellBatch:
@@ -170,6 +175,29 @@ class TestInvariance:
         assert loss(batch, seed=1)[0] != loss(batch)[0]
 
 
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)], ids=str)
+def test_the_mesh_changes_nothing(shape):
+    """scGPT, dropout and all: the losses of three steps on any layout are those on one device."""
+    from scjax.parallel import MeshConfig, make_mesh, place
+    from scjax.train import OptimizerConfig, abstract_state, init_state, make_optimizer, make_train_step
+
+    def losses(mesh):
+        model = models.build("scgpt", TINY["scgpt"], GENES)
+        tx, _ = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=1), 3, model)
+        abstract = abstract_state(model, tx, mesh)
+        state, step = init_state(model, tx, abstract), make_train_step(model, tx, abstract, seed=0)
+        values = []
+        for number in range(3):
+            state, metrics = step(state, place(batch_of(16, seed=number), mesh))
+            values.append(float(metrics["loss"][0] / metrics["loss"][1]))
+        assert step._cache_size() == 1
+        return values
+
+    alone = losses(make_mesh(MeshConfig(data=1), devices=jax.devices()[:1]))
+    spread = losses(make_mesh(MeshConfig(*shape)))
+    np.testing.assert_allclose(spread, alone, rtol=1e-5)
+
+
 def test_gradients_reach_every_parameter(system):
     model, state = system
 
@@ -241,6 +269,25 @@ class TestScGPT:
         assert (value[hidden] == -1).all()
         np.testing.assert_array_equal(value[~hidden], target[~hidden])
         assert (target[gene_id >= 0] >= 1).all() and target.max() <= 50
+
+    @pytest.mark.parametrize("changes", [{"value_scale": 1 / 50}, {"values": "log1p"}])
+    def test_an_embedding_takes_the_most_expressed_genes(self, changes):
+        model, state = self.build(max_length=9, **changes)
+        batch = batch_of()
+        count = batch.count + np.where(batch.gene_id >= 0, batch.gene_id / 1000, 0).astype(
+            np.float32
+        )  # no ties
+        top = np.argsort(-count, axis=1)[:, :8]
+        cut = jax.tree.map(np.asarray, batch.replace(count=count))
+        # the same cells, where values of the other genes are needed for the bins but cannot be chosen
+        run = jitted(model, state, "embed")
+        whole = np.asarray(run(cut)[0])
+        longer, _ = self.build(max_length=200, **changes)
+        values = np.asarray(bind(longer, **state).values(cut, None))
+        module = bind(longer, **state)
+        by_hand = Tokens(*(np.take_along_axis(x, top, 1) for x in (cut.gene_id, values, values)), top < 0)
+        cell, _ = module(by_hand)
+        np.testing.assert_allclose(whole, cell / jnp.linalg.norm(cell, axis=1, keepdims=True), atol=2e-6)
 
     def test_bins_are_ranks_in_the_whole_cell(self):
         """The bin of a gene does not depend on which other genes are kept."""

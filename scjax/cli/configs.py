@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 from rich.table import Table
@@ -30,6 +32,21 @@ def load_config(name: str) -> ConfigDict:
     if not hasattr(module, "get_config"):
         raise ValueError(f"{file} defines no get_config(arg)")
     return module.get_config(arg) if arg else module.get_config()
+
+
+def resolve(config: ConfigDict) -> dict[str, Any]:
+    """The config with every default filled in.
+
+    Raises:
+      ConfigError: an unknown or missing key (names the nearest valid one), or a value of a wrong type.
+    """
+    from scjax import models
+    from scjax.config import from_config
+    from scjax.train import RunConfig
+
+    run: Any = from_config(RunConfig, config)
+    model: Any = from_config(models.resolve(run.system)[1], run.model, where="config.model")
+    return dataclasses.asdict(run) | {"model": dataclasses.asdict(model)}
 
 
 def parameter_table(config: ConfigDict, n_genes: int | None = None) -> Table:

@@ -228,11 +228,11 @@ def _write_whole(write: Any, path: str) -> None:
 
 # ---------------------------------------------------------------------- configs
 def config_show(args: argparse.Namespace) -> int:
-    from scjax.cli.configs import load_config
+    import json
 
-    out.print(
-        load_config(args.config).to_yaml() if args.yaml else str(load_config(args.config)), markup=False
-    )
+    from scjax.cli.configs import load_config, resolve
+
+    out.print_json(json.dumps(resolve(load_config(args.config))))
     return 0
 
 
@@ -335,10 +335,9 @@ def _parser() -> argparse.ArgumentParser:
 
     room = commands.add_parser("config", help="look at a config file without data or devices")
     config = room.add_subparsers(metavar="COMMAND", required=True)
-    show = config.add_parser("show", help="the config, resolved")
+    show = config.add_parser("show", help="the config, checked, with all defaults filled in")
     show.set_defaults(run=config_show)
     show.add_argument("config", metavar="FILE.py[:ARG]")
-    show.add_argument("--yaml", action="store_true")
     params = config.add_parser("params", help="every parameter: shape, axes, bytes")
     params.set_defaults(run=config_params)
     params.add_argument("config", metavar="FILE.py[:ARG]")

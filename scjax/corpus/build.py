@@ -154,6 +154,8 @@ def _workplace(root: pathlib.Path) -> Iterator[pathlib.Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it however the process ends
         except BlockingIOError:
             raise FileExistsError(f"{root}: another build is writing there now") from None
+        if (root / "HEAD").exists():  # another build ended while this one looked around
+            raise FileExistsError(f"{root}: holds a corpus already; choose another folder")
         try:
             for path in [root / name for name in _FOLDERS] + [p for p in work.iterdir() if p.name != "lock"]:
                 if path.exists():

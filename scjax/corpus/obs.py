@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -66,6 +67,15 @@ class ObsSchema:
                 f"no obs column {', '.join(map(repr, missing))} in any source; "
                 f"there are: {', '.join(self._columns) or 'none'}"
             )
+        alike = collections.defaultdict(set)
+        for name in {*self._columns, "dataset"}:
+            alike[name.casefold()].add(name)
+        for names in alike.values():
+            if len(names) > 1:  # each is a file, and some file systems do not tell them apart
+                raise ValueError(
+                    f"obs columns {' and '.join(map(repr, sorted(names)))} differ in case only; "
+                    "rename them alike in the sources"
+                )
         self.kinds: dict[str, Any] = {}
         self.categories: dict[str, list[str]] = {}
         for name, column in self._columns.items():

@@ -26,10 +26,11 @@ import google_crc32c
 import numpy as np
 from numcodecs import Blosc
 
+from scjax.corpus.format import BLOCK
+
 if TYPE_CHECKING:
     from scjax.corpus import Part
 
-INDEX_BLOCK = 1024  # rows per entry of a part's blocks.npy
 OPEN_SHARDS = 256  # a corpus of 100 million cells has 12 thousand shard files, more than may be open at once
 _ABSENT = 2**64 - 1  # offset and size of a chunk that was never written: all fill value
 _BLOSC_HEADER = 16
@@ -268,15 +269,15 @@ class PartReader:
         return self._begin(first), self._begin(last)
 
     def _begin(self, row: int) -> int:
-        block, within = divmod(row, INDEX_BLOCK)
+        block, within = divmod(row, BLOCK)
         start = int(self.part.blocks[block])
         if within == 0:
             return start
-        rows = self.part.nnz_per_cell[block * INDEX_BLOCK : (block + 1) * INDEX_BLOCK]
+        rows = self.part.nnz_per_cell[block * BLOCK : (block + 1) * BLOCK]
         if start + int(rows.sum(dtype=np.int64)) != self.part.blocks[block + 1]:
             raise CorruptDataError(
                 f"part {self.part.id}: nnz.npy and blocks.npy of its index contradict each other "
-                f"in rows {block * INDEX_BLOCK} to {block * INDEX_BLOCK + len(rows) - 1}"
+                f"in rows {block * BLOCK} to {block * BLOCK + len(rows) - 1}"
             )
         return start + int(rows[:within].sum(dtype=np.int64))
 

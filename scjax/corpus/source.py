@@ -277,7 +277,7 @@ class H5adSource(Source):
             try:
                 yield file
             except OSError as error:
-                if error.errno == errno.ENOSPC:  # of the scratch folder, not of this file
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):  # of the scratch folder, not of this file
                     raise
                 raise OSError(f"{self.path}: damaged or truncated, reading failed ({error})") from error
 

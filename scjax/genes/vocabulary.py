@@ -210,6 +210,8 @@ class Vocabulary:
     def from_tsv(cls, path: str | pathlib.Path) -> Vocabulary:
         """Reads a table with a header: ``gene_id`` and any other fields; further columns are left aside."""
         text = pathlib.Path(path).read_text(encoding="utf-8")
+        if not text.strip():
+            raise ValueError(f"{path}: empty; a table of genes with the header gene_id is needed")
         head, *rows = (line.split("\t") for line in text.splitlines())
         if "gene_id" not in head:
             raise ValueError(f"{path}: no column gene_id in the header (columns: {', '.join(head)})")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from scjax.corpus.reader import PartReader, ShardCache
 from scjax.loader.buckets import batch_lengths, choose_lengths, round_up
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 STATE_FORMAT = "scjax-loader-1"
 _COUNTED = 2**29  # elements of a corpus that are counted through, seconds of reading
 _AT_ONCE = 8192  # cells
+MIN_MATCHED = 0.5  # share of the wanted genes that the corpus must have
 _SAMPLE = 2**18  # cells whose lengths stand for the corpus when bucket lengths are chosen
 
 
@@ -141,10 +143,8 @@ class Loader:
 
         self.lut, self._vocabulary_hash = None, corpus.vocabulary.short_hash
         if vocabulary is not None and vocabulary.hash != corpus.vocabulary.hash:
-            self.lut = np.ascontiguousarray(vocabulary.match(corpus.vocabulary.ids).ids, np.int32)
+            self.lut = self._look_up(corpus.vocabulary, vocabulary)
             self._vocabulary_hash = vocabulary.short_hash
-            if not (self.lut >= 0).any():
-                raise ValueError("none of the genes of the corpus is in the given vocabulary")
 
         shards = ShardCache()
         self.readers = [PartReader(part, shards) for part in self.parts]
@@ -162,6 +162,21 @@ class Loader:
         counts = {np.dtype(part.x_dtype) for part in self.parts}
         floats = any(dtype.kind == "f" for dtype in counts)
         self.count_dtypes = (indices, np.dtype(np.float32) if floats else np.result_type(*counts))
+
+    def _look_up(self, there: Vocabulary, wanted: Vocabulary) -> np.ndarray:
+        """int32 [genes of the corpus]: the id of each gene in the vocabulary that is wanted, or -1."""
+        match = wanted.match(pd.DataFrame({"gene_symbol": there.symbols}, index=there.ids))
+        if match.n_matched < MIN_MATCHED * min(len(wanted), len(there)):
+            raise ValueError(
+                f"{match.n_matched:,} of the {len(wanted):,} genes asked for are among the {len(there):,} of "
+                f"{self.corpus.path}. Asked for: {wanted.ids[:3]}; there: {there.ids[:3]} ({there.symbols[:3]})"
+            )
+        if match.duplicates:
+            gene, names = next(iter(match.duplicates.items()))
+            raise ValueError(
+                f"{len(match.duplicates)} genes asked for are several in the corpus: {gene} is {names}"
+            )
+        return np.ascontiguousarray(match.ids, np.int32)
 
     def _sample_lengths(self) -> np.ndarray:
         """Expressed genes of some cells of every part. Cells are shuffled on disk: any are as good."""

@@ -190,7 +190,10 @@ class Checkpoints:
             kept = max((s for s in self.steps() if s != self._saving), default=None)
             intact = "no earlier checkpoint exists" if kept is None else f"checkpoint {kept} is intact"
             what = f"cannot save checkpoint {self._saving} in {self.directory}"
-            if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+            if getattr(error, "errno", None) in (
+                errno.ENOSPC,
+                errno.EDQUOT,
+            ) or "No space left on device" in str(error):
                 message = f"{what}: the disk is full; {intact}. Free some space and resume"
                 raise OSError(errno.ENOSPC, message) from None
             raise OSError(errno.EIO, f"{what}: {_first_line(error)}; {intact}") from error

@@ -22,7 +22,6 @@ class DataConfig:
     corpus: str
     batch_size: int
     genes: str | None = None
-    split: str = "train"
     window: int = 1024
     block: int | None = None
     lanes: int | None = None

@@ -25,7 +25,7 @@ from scjax.genes import Vocabulary
 from scjax.models import build, resolve
 from scjax.nn.module import shapes_of
 from scjax.parallel import barrier
-from scjax.train.checkpoint import refuse_changes, restore_variables
+from scjax.train.checkpoint import changes, refuse_changes, restore_variables
 
 FORMAT = "scjax-run"
 VERSION = 1
@@ -98,6 +98,10 @@ class Run:
         """Writes ``config.json``, once nothing speaks against going on with it: it may differ from that of
         the run so far, for instance in its number of steps. Only process 0 writes."""
         if jax.process_index() == 0:
+            file = self.path / "config.json"
+            different = changes(self.config, json.loads(json.dumps(config))) if file.exists() else []
+            if different:
+                print(f"going on with another config than before: {'; '.join(different)}", flush=True)
             write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
 
