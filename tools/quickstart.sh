@@ -29,6 +29,7 @@ say 4/4 "Done"
 cat <<EOM
 The report:        $run/report.html
 The run:           $run (config.json, metrics.jsonl, checkpoints/)
+First of all:      source $(dirname "$python")/activate
 In Python:         model = scjax.load("$run"); scjax.embed(adata, model)
 Look inside:       notebooks/probe_a_checkpoint.ipynb
 Your own cells:    scjax corpus build *.h5ad --out corpus, then copy configs/quickstart.py
