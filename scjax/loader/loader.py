@@ -169,7 +169,8 @@ class Loader:
         if match.n_matched < MIN_MATCHED * min(len(wanted), len(there)):
             raise ValueError(
                 f"{match.n_matched:,} of the {len(wanted):,} genes asked for are among the {len(there):,} of "
-                f"{self.corpus.path}. Asked for: {wanted.ids[:3]}; there: {there.ids[:3]}, {there.symbols[:3]}"
+                f"{self.corpus.path}. Asked for: {wanted.ids[:3]}; "
+                f"there: {there.ids[:3]}, {there.symbols[:3]}"
             )
         if match.duplicates:
             gene, names = next(iter(match.duplicates.items()))
