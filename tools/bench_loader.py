@@ -27,7 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from scjax.corpus import Corpus
-from scjax.corpus.reader import INDEX_BLOCK, PartReader, ShardCache
+from scjax.corpus.format import BLOCK
+from scjax.corpus.reader import PartReader, ShardCache
 from scjax.loader import Loader
 
 READ_THREADS = 2
@@ -43,9 +44,9 @@ def floor(args: argparse.Namespace) -> None:
     corpus, shards = Corpus.open(args.corpus), ShardCache()
     readers = [PartReader(part, shards) for part in corpus.split("train")]
     blocks = [
-        (reader, *reader.row_span(first, min(first + INDEX_BLOCK, reader.part.n_cells)), first)
+        (reader, *reader.row_span(first, min(first + BLOCK, reader.part.n_cells)), first)
         for reader in readers
-        for first in range(0, reader.part.n_cells, INDEX_BLOCK)
+        for first in range(0, reader.part.n_cells, BLOCK)
     ]
     largest = max(high - low for _, low, high, _ in blocks)
     order = np.random.default_rng(0).permutation(len(blocks))
@@ -60,7 +61,7 @@ def floor(args: argparse.Namespace) -> None:
             for number in shares[which]:
                 reader, low, high, first = blocks[number]
                 reader.read_spans([(low, high)], indices, data)
-                cells += min(INDEX_BLOCK, reader.part.n_cells - first)
+                cells += min(BLOCK, reader.part.n_cells - first)
                 if time.perf_counter() > until:
                     return cells
 
