@@ -257,7 +257,7 @@ def annotate(
     known = (labels.notna() & (labels.astype(str) != unlabelled)).to_numpy()
     names = labels.astype(str).to_numpy()
     counted = pd.Series(names[known]).value_counts()
-    known &= np.isin(names, counted.index[counted >= 2])
+    known = known & np.isin(names, counted.index[counted >= 2])
     if len(set(names[known])) < 2:
         raise ValueError(
             f"obs[{label_key!r}] of the reference holds fewer than two labels with 2 cells or more: "
