@@ -87,7 +87,7 @@ class Model:
         *,
         batch_size: int = 64,
         layer: str | None = None,
-        duplicates: Literal["error", "sum"] = "error",
+        duplicates: Literal["error", "sum"] = "sum",
         progress: bool = False,
     ) -> np.ndarray:
         """Cell embedding, float32 [n_obs, D]; see :func:`embed`."""
@@ -176,7 +176,7 @@ def embed(
     key_added: str = "X_scjax",
     batch_size: int = 64,
     layer: str | None = None,
-    duplicates: Literal["error", "sum"] = "error",
+    duplicates: Literal["error", "sum"] = "sum",
     progress: bool = False,
 ) -> None:
     """Embeds the cells of ``adata`` in place.
@@ -190,7 +190,7 @@ def embed(
       key_added: name in ``adata.obsm``; what was done is noted in ``adata.uns["scjax"][key_added]``.
       batch_size: cells at a time.
       layer: where the counts are: None for ``adata.X``, "raw", or the name of a layer.
-      duplicates: several columns that are one gene: "error", or "sum" their counts.
+      duplicates: several columns that are one gene: "sum" their counts, or "error".
       progress: show a progress bar.
 
     Raises:

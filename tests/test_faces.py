@@ -166,9 +166,11 @@ class TestEmbed:
         other.var_names = [f"{name}-2" for name in cells.var_names]  # the same Ensembl ids
         halves = ad.concat([cells, other], axis=1, merge="same")
         with pytest.raises(ValueError, match="several columns"):
-            scjax.embed(halves, model)
+            scjax.embed(halves, model, duplicates="error")
         assert "X_scjax" not in halves.obsm
-        scjax.embed(halves, model, duplicates="sum")
+        scjax.embed(halves, model)
+        cells.X = 2 * cells.X
+        np.testing.assert_allclose(halves.obsm["X_scjax"], model.embed(cells), atol=2e-6)
 
 
 def test_annotate(model, files):

@@ -57,7 +57,7 @@ def corpus_build(args: argparse.Namespace) -> int:
         seed=args.seed,
         min_genes=args.min_genes,
         allow_non_integer=args.allow_non_integer,
-        duplicates=args.duplicates,
+        duplicates="sum" if args.sum_duplicates else "error",
         codec=args.codec,
     )
     out.print(corpus.info())
@@ -123,7 +123,6 @@ def embed(args: argparse.Namespace) -> int:
         key_added=args.key,
         batch_size=args.batch_size,
         layer=args.layer,
-        duplicates=args.duplicates,
         progress=True,
     )
     _write_whole(adata.write_h5ad, args.out)
@@ -163,7 +162,6 @@ def evaluate(args: argparse.Namespace) -> int:
             key_added="X_scjax",
             batch_size=args.batch_size,
             layer=args.layer,
-            duplicates=args.duplicates,
             progress=True,
         )
         api.embed(
@@ -172,7 +170,6 @@ def evaluate(args: argparse.Namespace) -> int:
             key_added="X_scjax_random_init",
             batch_size=args.batch_size,
             layer=args.layer,
-            duplicates=args.duplicates,
             progress=True,
         )
         embeddings.insert(0, "X_scjax")
@@ -280,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
         "--min-genes", type=int, default=1, metavar="N", help="drop cells with fewer genes (default: 1)"
     )
     build.add_argument("--allow-non-integer", action="store_true", help="take fractional values as they are")
-    _add_duplicates(build)
+    build.add_argument("--sum-duplicates", action="store_true", help="add up columns that name one gene")
     build.add_argument("--codec", default="fast", choices=("fast", "balanced", "small", "local"))
     build.add_argument("--seed", type=int, default=0, help="of the order of cells on disk (default: 0)")
     for name, run, text in (
@@ -347,20 +344,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_duplicates(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--sum-duplicates",
-        dest="duplicates",
-        action="store_const",
-        const="sum",
-        default="error",
-        help="add up columns that name one gene (default: an error)",
-    )
-
-
 def _add_reading(command: argparse.ArgumentParser) -> None:
     command.add_argument("--layer", metavar="NAME", help="layer with the raw counts (default: X)")
-    _add_duplicates(command)
     command.add_argument("--batch-size", type=int, default=64)
     command.add_argument("--force", action="store_true", help="replace what is there")
 
