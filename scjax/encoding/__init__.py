@@ -6,6 +6,7 @@ cell is encoded alike in any batch, in any order of its genes and under any padd
 
 from scjax.encoding.random import gene_uniform, row_keys
 from scjax.encoding.select import mask_genes, select_genes
+from scjax.encoding.thinning import thin_counts, thinning_rate
 from scjax.encoding.values import bin_quantiles, log1p, normalize_total, quantile_ranks
 from scjax.types import register_pytree
 
@@ -20,4 +21,6 @@ __all__ = [
     "quantile_ranks",
     "row_keys",
     "select_genes",
+    "thin_counts",
+    "thinning_rate",
 ]
