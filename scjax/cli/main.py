@@ -85,6 +85,19 @@ def corpus_verify(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def corpus_statistics(args: argparse.Namespace) -> int:
+    from scjax.corpus import Corpus
+
+    if args.out:
+        _refuse_existing(args.out, args.force)
+    corpus = Corpus.open(args.corpus)
+    found = corpus.statistics()
+    if args.out:
+        _write_whole(lambda path: found.frame(corpus).to_csv(path, sep="\t"), args.out)
+    out.print(found.table(corpus))
+    return 0
+
+
 def corpus_genes(args: argparse.Namespace) -> int:
     from scjax.corpus import Corpus, variable_genes
 
@@ -287,6 +300,12 @@ def _parser() -> argparse.ArgumentParser:
         command = corpus.add_parser(name, help=text)
         command.set_defaults(run=run)
         command.add_argument("corpus", metavar="DIR")
+
+    command = corpus.add_parser("statistics", help="mean, detection and median of every gene")
+    command.set_defaults(run=corpus_statistics)
+    command.add_argument("corpus", metavar="DIR")
+    command.add_argument("--out", metavar="FILE.tsv", help="write all genes there")
+    command.add_argument("--force", action="store_true", help="replace what is there")
 
     genes = corpus.add_parser("genes", help="the most variable genes, as the vocabulary of a small model")
     genes.set_defaults(run=corpus_genes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 import numpy as np
@@ -19,6 +19,9 @@ from scjax.corpus.reader import PartReader
 from scjax.corpus.summary import summarise
 from scjax.corpus.verify import verify
 from scjax.genes import Vocabulary
+
+if TYPE_CHECKING:
+    from scjax.corpus.statistics import GeneStatistics
 
 RUN_ELEMENTS = 2**24  # stored values that Corpus.read holds of one part at a time, beside what it returns
 
@@ -220,6 +223,20 @@ class Corpus:
     def info(self) -> rich.console.Group:
         """Data sets, cells, genes, labels and bytes as tables to print with rich."""
         return summarise(self)
+
+    def statistics(self, progress: bool = True) -> GeneStatistics:
+        """How often and how strongly each gene is expressed in the training cells.
+
+        The first call reads the corpus twice (memory: 4 KB a gene, whatever the number of cells) and
+        leaves the result in the corpus's folder ``statistics``, which the following calls read.
+
+        Returns:
+          Per gene the mean count per 10,000, the share of cells that express it and the median of its
+          non-zero counts per 10,000; see :class:`scjax.corpus.statistics.GeneStatistics`.
+        """
+        from scjax.corpus.statistics import statistics  # here, because numba takes a while to import
+
+        return statistics(self, progress=progress)
 
     def verify(self, progress: bool = True) -> list[str]:
         """Checks every object against its checksums and the counts against what a corpus promises.
