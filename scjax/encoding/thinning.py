@@ -6,6 +6,8 @@ is keyed by (key, row, gene), so that it follows the cell and the gene wherever 
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -15,6 +17,10 @@ from scjax.encoding.random import gene_uniform
 # Below this mean the distribution function is summed up, above it rejection takes fewer passes. The
 # rejection's hat holds from a mean of 10 on.
 _INVERSION_MEAN = 10.0
+# log k! - (k + 1/2) log(k + 1) + (k + 1) - log(2 pi) / 2 for k = 0 .. 9
+_STIRLING = tuple(
+    math.lgamma(k + 1) - (k + 0.5) * math.log(k + 1) + (k + 1) - math.log(2 * math.pi) / 2 for k in range(10)
+)
 
 
 def thinning_rate(
@@ -92,12 +98,9 @@ def _by_inversion(n: Array, p: Array, uniform: Array) -> Array:
 
 def _stirling(k: Array) -> Array:
     """log k! less Stirling's formula with k + 1; error below 1e-6."""
-    exact = jnp.array(
-        [0.08106146, 0.04134069, 0.02767793, 0.02079067, 0.01664469, 0.01387613, 0.01189671, 0.01041127, 0.009255462, 0.008330563]
-    )  # fmt: skip
     square = 1 / ((k + 1) * (k + 1))
     series = (1 / 12 - (1 / 360 - square / 1260) * square) / (k + 1)
-    return jnp.where(k < 10, exact[jnp.clip(k, 0, 9).astype(jnp.int32)], series)
+    return jnp.where(k < 10, jnp.asarray(_STIRLING)[jnp.clip(k, 0, 9).astype(jnp.int32)], series)
 
 
 def _by_rejection(n: Array, p: Array, wanted: Array, keys: Array, gene_id: Array) -> Array:
