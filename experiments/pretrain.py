@@ -33,6 +33,7 @@ from scjax.train import (
     checkpoint_steps,
     count_parameters,
     describe,
+    gene_tables,
     identity,
     init_state,
     make_eval_step,
@@ -45,6 +46,7 @@ from scjax.train import (
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, FILE.py or FILE.py:ARG.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory: new, or that of a run to resume.")
 flags.mark_flags_as_required(["config", "workdir"])
+BASELINES = {"masked_mse": "gene_mean_mse", "masked_ce": "frequency_ce"}  # error -> that of knowing nothing
 
 
 def pretrain(config: RunConfig, workdir: str) -> None:
@@ -75,7 +77,9 @@ def pretrain(config: RunConfig, workdir: str) -> None:
 
     # --------------------------------------------------------------------------------- model
     model = build(config.system, config.model, len(vocabulary), config.seed)
-    about = describe(config.system, config.model, vocabulary, corpus=corpus.manifest_id, seed=config.seed)
+    tables = gene_tables(config.system, config.model, config.tables, model, vocabulary, corpus)
+    origin = {"corpus": corpus.manifest_id, "seed": config.seed, "tables": tables.sources}
+    about = describe(config.system, config.model, vocabulary, **origin)
     run = open_run(workdir, about, vocabulary)
 
     # --------------------------------------------------------------------- optimiser and state
@@ -89,7 +93,7 @@ def pretrain(config: RunConfig, workdir: str) -> None:
     checkpoints = Checkpoints(run.checkpoints, identity(about), keep=config.train.keep)
     restored = checkpoints.restore(abstract)
     if restored is None:
-        step, state = 0, init_state(model, tx, abstract)
+        step, state = 0, init_state(model, tx, abstract, tables.buffers)
     else:
         step, state = restored.step, restored.state
         data.set_state(restored.cursor)
@@ -102,6 +106,8 @@ def pretrain(config: RunConfig, workdir: str) -> None:
         f"corpus {corpus.manifest_id}: {len(corpus):,} cells, {len(vocabulary):,} genes; an epoch is "
         f"{loader.steps_per_epoch:,} batches of {loader.batch_size}, padded to {loader.bucket_lengths} genes"
     )
+    for note in tables.notes:
+        progress.say(f"table {note}")
     progress.say(
         f"{config.system}: {count_parameters(state):,} parameters; steps {step:,} to {steps:,} in {run.path}"
     )
@@ -145,13 +151,14 @@ def pretrain(config: RunConfig, workdir: str) -> None:
     for line in read_metrics(run.metrics):
         last.update({name: value for name, value in line.items() if value is not None})
     progress.say("  ".join(f"{name} {value:.4g}" for name, value in last.items() if name != "step"))
-    split = "validation" if "validation/masked_mse" in last else "train"
-    if last.get(f"{split}/gene_mean_mse"):
-        error, baseline = last[f"{split}/masked_mse"], last[f"{split}/gene_mean_mse"]
-        progress.say(
-            f"{split}: masked error {error:.4f}, that of the gene means {baseline:.4f}; "
-            f"gap {baseline - error:+.4f} ({(baseline - error) / baseline:+.0%})"
-        )
+    split = "validation" if validation is not None else "train"
+    for metric, baseline in BASELINES.items():
+        error, least = last.get(f"{split}/{metric}"), last.get(f"{split}/{baseline}")
+        if error is not None and least:
+            progress.say(
+                f"{split}: masked error {error:.4f} ({metric}), that of knowing nothing {least:.4f} "
+                f"({baseline}); gap {least - error:+.4f} ({(least - error) / least:+.0%})"
+            )
     progress.say(f"model and metrics are in {run.path}; checkpoints {checkpoint_steps(run.checkpoints)}")
     progress.say(f'next: scjax.load("{run.path}"), or scjax embed IN.h5ad --model {run.path} --out OUT.h5ad')
 

@@ -11,11 +11,13 @@ from scjax.train.progress import RunProgress
 from scjax.train.run import Run, describe, identity, open_run, read_model, read_run
 from scjax.train.state import State, abstract_state, count_parameters, init_state, shardings_of
 from scjax.train.step import make_eval_step, make_train_step
+from scjax.train.tables import GeneTables, gene_tables
 
 __all__ = [
     "CheckpointError",
     "Checkpoints",
     "DataConfig",
+    "GeneTables",
     "Meter",
     "MetricsLog",
     "NonFiniteLoss",
@@ -32,6 +34,7 @@ __all__ = [
     "count_parameters",
     "decay_mask",
     "describe",
+    "gene_tables",
     "identity",
     "init_state",
     "make_eval_step",

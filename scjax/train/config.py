@@ -77,7 +77,11 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything a pretraining run is made from; ``model`` holds the fields of the system's own config."""
+    """Everything a pretraining run is made from.
+
+    ``model`` holds the fields of the system's own config; ``tables`` says where the values of genes come
+    from that the system wants from outside, a file or "corpus" (see :func:`scjax.train.gene_tables`).
+    """
 
     system: str
     model: dict[str, Any]
@@ -87,3 +91,4 @@ class RunConfig:
     validation: ValidationConfig = ValidationConfig()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
+    tables: dict[str, str | None] = dataclasses.field(default_factory=dict)

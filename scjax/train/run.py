@@ -32,7 +32,13 @@ VERSION = 1
 
 
 def describe(
-    system: str, config: Mapping[str, Any], vocabulary: Vocabulary, *, corpus: str | None, seed: int
+    system: str,
+    config: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    *,
+    corpus: str | None,
+    seed: int,
+    tables: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of ``model.json``.
 
@@ -42,6 +48,7 @@ def describe(
       vocabulary: genes of the model.
       corpus: id of the corpus manifest that it is trained on.
       seed: of the run.
+      tables: ``GeneTables.sources``, where the model takes values of genes from outside.
     """
     resolved: Any = from_config(resolve(system)[1], config, where="config.model")
     return {
@@ -53,12 +60,16 @@ def describe(
         "seed": seed,
         "corpus": corpus,
         "vocabulary": {"hash": vocabulary.hash, "n_genes": len(vocabulary)},
+        **({"tables": dict(tables)} if tables else {}),
     }
 
 
 def identity(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of ``model.json`` that must be the same for a run to be resumed."""
-    return {name: model[name] for name in ("system", "model", "seed", "corpus", "vocabulary")}
+    """The part of ``model.json`` that must be the same for a run to be resumed. Of the tables it is their
+    content, wherever they lie."""
+    same = {name: model[name] for name in ("system", "model", "seed", "corpus", "vocabulary")}
+    tables = {name: f"sha256 {about['sha256'][:16]}" for name, about in model.get("tables", {}).items()}
+    return {**same, "tables": tables} if tables else same
 
 
 @dataclasses.dataclass(frozen=True)

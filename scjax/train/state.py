@@ -7,10 +7,12 @@ where it belongs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -92,9 +94,24 @@ def shardings_of(abstract: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def init_state(model: Abstract, tx: optax.GradientTransformation, abstract: State) -> State:
-    """A fresh state at step 0, each shard made on its own device; the same values on every mesh."""
-    return jax.jit(lambda: _fresh(model, tx), out_shardings=shardings_of(abstract))()
+def init_state(
+    model: Abstract,
+    tx: optax.GradientTransformation,
+    abstract: State,
+    tables: Mapping[str, np.ndarray] | None = None,
+) -> State:
+    """A fresh state at step 0, each shard made on its own device; the same values on every mesh.
+
+    ``tables``: path of a buffer, "gene/table" -> its value (see :func:`scjax.train.gene_tables`).
+    """
+    state = jax.jit(lambda: _fresh(model, tx), out_shardings=shardings_of(abstract))()
+    for path, value in (tables or {}).items():
+        *parents, last = path.split("/")
+        node, like = state["buffers"], abstract["buffers"]
+        for name in parents:
+            node, like = node[name], like[name]
+        node[last] = jax.make_array_from_callback(like[last].shape, like[last].sharding, value.__getitem__)
+    return state
 
 
 def count_parameters(state: State) -> int:
