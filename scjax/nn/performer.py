@@ -19,6 +19,7 @@ from scjax.nn.module import Buffer
 
 Stabiliser = Literal["head", "global"]
 PadMask = Literal["keys", "values"]
+Backend = Literal["auto", "einsum", "headwise"]
 EPSILON = 1e-4  # added to every feature, so that no query is left without keys
 
 
@@ -36,47 +37,89 @@ def favor(
     *,
     stabiliser: Stabiliser = "head",
     mask: PadMask = "keys",
+    backend: Backend = "auto",
 ) -> Array:
     """The softmax kernel approximated with M positive orthogonal random features.
+
+    The features are S x M numbers a head, four times the queries themselves; the backward pass computes
+    them anew, so that they exist for one layer at a time.
 
     Args:
       q_BSHD, k_BSHD, v_BSHD: [B, S, H, D], any float dtype; features are computed in float32.
       projection_MD: float32 [M, D], from :func:`draw_projection`.
-      key_mask_BS: bool [B, S], False where a key is padding; None for no padding.
+      key_mask_BS: bool [B, S], False where a key is padding; None for no padding. A cell needs one True
+        at least.
       stabiliser: what is subtracted in the exponent of the keys' features. "head": the maximum over
-        the keys of a cell and head. "global": the maximum over the whole batch, as scBERT, CellLM and
-        scFoundation were trained; because of the epsilon it makes a cell's result depend on its batch.
+        the keys of a cell and head. "global": the maximum over the whole batch, padding included, as
+        scBERT, CellLM and scFoundation were trained; because of the epsilon it makes a cell's result
+        depend on its batch.
       mask: what padding is left out of: "keys", both sums over keys; "values", as CellLM was trained,
         the numerator only, so that padding thins out the result.
+      backend: "einsum" computes all cells and heads at once and works on any mesh; "headwise" maps over
+        them, so that a head's features stay in a core's cache; "auto" takes "headwise" on a lone CPU
+        device, where it is about twice as fast, else "einsum".
 
     Returns:
       [B, S, H, D] in the dtype of ``v_BSHD``.
     """
+    if backend == "auto":
+        # mapping over cells that are spread over devices would gather them on each
+        backend = "headwise" if jax.default_backend() == "cpu" and jax.device_count() == 1 else "einsum"
+    if backend not in ("einsum", "headwise"):
+        raise ValueError(f'backend is "auto", "einsum" or "headwise", not {backend!r}')
     scale = q_BSHD.shape[-1] ** -0.25
     q, k = (jnp.moveaxis(x, 2, 1).astype(jnp.float32) * scale for x in (q_BSHD, k_BSHD))  # B H S D
-    v = jnp.moveaxis(v_BSHD, 2, 1)
-    valid = None if key_mask_BS is None else key_mask_BS[:, None, :, None]
+    v = jnp.moveaxis(v_BSHD, 2, 1).astype(jnp.float32)
+    valid = jnp.ones(k.shape[::2], bool) if key_mask_BS is None else key_mask_BS  # B S
+    if key_mask_BS is not None:
+        v = jnp.where(valid[:, None, :, None], v, 0)
+    counted = valid if mask == "keys" else jnp.ones_like(valid)
 
-    def features(x: Array, top: Array, dots: Array) -> Array:
-        return jnp.exp(dots - (x * x).sum(-1, keepdims=True) / 2 - top) + EPSILON
-
-    dots_q = jnp.einsum("bhsd,md->bhsm", q, projection_MD)
-    phi_q = features(q, dots_q.max(-1, keepdims=True), dots_q)
-    dots_k = jnp.einsum("bhsd,md->bhsm", k, projection_MD)
+    top = None
     if stabiliser == "global":
-        top = dots_k.max()
+        if backend == "einsum":
+            top = _products(k, projection_MD).max()
+        else:
+            top = jax.lax.map(lambda k: _products(k, projection_MD).max(), k.reshape(-1, *k.shape[2:])).max()
+        top = jax.lax.stop_gradient(top)
+
+    @jax.checkpoint
+    def heads(q: Array, k: Array, v: Array, counted: Array) -> Array:
+        return _favor(q, k, v, counted, projection_MD, top)
+
+    if backend == "einsum":
+        out = heads(q, k, v, counted[:, None])
     else:
-        of_cell = dots_k if valid is None else jnp.where(valid, dots_k, -jnp.inf)
-        top = of_cell.max((-1, -2), keepdims=True)
-    phi_k = features(k, top, dots_k)
-    if valid is not None:
-        v = jnp.where(valid, v, 0)
-        if mask == "keys":
-            phi_k = jnp.where(valid, phi_k, 0)
-    context_BHMD = jnp.einsum("bhsm,bhsd->bhmd", phi_k, v.astype(jnp.float32))
-    out = jnp.einsum("bhsm,bhmd->bhsd", phi_q, context_BHMD)
-    out = out / jnp.einsum("bhsm,bhm->bhs", phi_q, phi_k.sum(2))[..., None]
+        # one loop over cells, one over heads: a single one would need the mask once for each head
+        out = jax.lax.map(
+            lambda cell: jax.lax.map(lambda head: heads(*head, cell[3]), cell[:3]), (q, k, v, counted)
+        )
     return jnp.moveaxis(out, 1, 2).astype(v_BSHD.dtype)
+
+
+def _products(x: Array, projection_MD: Array) -> Array:
+    return jnp.einsum("...sd,md->...sm", x, projection_MD)
+
+
+def _favor(q: Array, k: Array, v: Array, counted: Array, projection_MD: Array, top: Array | None) -> Array:
+    """:func:`favor` of [..., S, D]; keys where ``counted`` [..., S] is False are left out of both sums."""
+
+    def features(x: Array, products: Array, top: Array) -> Array:
+        # the stabiliser matters only through EPSILON; like the authors of FAVOR+ we give it no gradient
+        top = jax.lax.stop_gradient(top)
+        return jnp.exp(products - (x * x).sum(-1, keepdims=True) / 2 - top) + EPSILON
+
+    products = _products(k, projection_MD)
+    if top is None:
+        top = products.max(-1, keepdims=True)
+        top = jnp.where(counted[..., None], top, -jnp.inf).max(-2, keepdims=True)
+    phi_k = jnp.where(counted[..., None], features(k, products, top), 0)
+    context = jnp.einsum("...sm,...sd->...md", phi_k, v)
+    total = phi_k.sum(-2)
+    products = _products(q, projection_MD)
+    phi_q = features(q, products, products.max(-1, keepdims=True))
+    out = jnp.einsum("...sm,...md->...sd", phi_q, context)
+    return out / jnp.einsum("...sm,...m->...s", phi_q, total)[..., None]
 
 
 def draw_projection(key: Array, m: int, d: int) -> Array:
