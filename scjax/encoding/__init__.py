@@ -5,6 +5,7 @@ cell is encoded alike in any batch, in any order of its genes and under any padd
 """
 
 from scjax.encoding.random import gene_uniform, row_keys
+from scjax.encoding.ranks import rank_genes
 from scjax.encoding.select import mask_genes, select_genes
 from scjax.encoding.thinning import thin_counts, thinning_rate
 from scjax.encoding.values import bin_quantiles, log1p, normalize_total, quantile_ranks
@@ -19,6 +20,7 @@ __all__ = [
     "mask_genes",
     "normalize_total",
     "quantile_ranks",
+    "rank_genes",
     "row_keys",
     "select_genes",
     "thin_counts",
