@@ -1,16 +1,21 @@
 """scGPT (Cui et al., Nature Methods 2024): a cell is a bag of (gene, value) tokens under one CLS token.
 
 Encode: each expressed gene's count becomes the quantile bin it has in its cell; at most
-``max_length - 1`` genes are kept; some values are hidden. Network: gene embedding + value embedding,
-a post-norm transformer without positions. Loss: the hidden values, predicted twice: from the
-gene's own output (masked-value regression) and from the cell embedding and the gene's name alone
-(gene-prompt prediction, "MVC").
+``max_length - 1`` genes are kept. Objective "generative", as the released weights were trained: a share of
+the genes is unknown; the known ones see one another, each unknown one, a gene without a value, sees the
+known and itself. Objective "masked": all see all, and the hidden values are a constant. Network: gene
+embedding + value embedding, a post-norm transformer without positions. Loss: the values of the unknown
+genes, predicted from each gene's own output; from the cell embedding and the gene's name ("MVC"); and,
+"generative", from each gene's output in a second pass that starts from the cell embedding. For fine-tuning
+there are elastic cell similarity, a batch discriminator and batch labels besides.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +23,28 @@ from flax import nnx
 from jax import Array
 
 from scjax.encoding import bin_quantiles, log1p, mask_genes, normalize_total, row_keys, select_genes
+from scjax.encoding.unknown import split_unknown, unknown_room, with_zeros
 from scjax.encoding.values import Tie
 from scjax.nn.attention import Backend
-from scjax.nn.layers import MLP, Block, Remat, Stack, dropout, fold, layer_norm, linear
+from scjax.nn.baseline import GeneMean
+from scjax.nn.batchnorm import DomainBatchNorm
+from scjax.nn.decoders import BatchVector, CellHead, PromptDecoder, ValueDecoder
+from scjax.nn.embedder import GeneEmbedder, GeneTable
+from scjax.nn.layers import MLP, Block, Remat, Stack, dropout, fold, layer_norm
 from scjax.nn.module import Buffer
-from scjax.objectives import masked_mse
+from scjax.objectives import (
+    elastic_cell_similarity,
+    expressed_nll,
+    label_cross_entropy,
+    masked_mse,
+    reverse_gradient,
+)
 from scjax.types import CellBatch
 
 MASK_VALUE = -1.0
-CLS_VALUE = -2.0  # upstream gives CLS the value of padding
+PAD_VALUE = -2.0
 MAX_VALUE = 512.0
+Metrics = dict[str, tuple[Array, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +54,7 @@ class ScGPTConfig:
     Attributes:
       d_model, n_heads, n_layers, d_ff, dropout: the transformer.
       norm: "post" as published, or "pre".
+      gene_table: where gene embeddings come from, see :class:`scjax.nn.embedder.GeneTable`.
       max_length: tokens a cell, CLS included; cells with more genes are sampled down in training
         and cut to their most expressed genes for an embedding.
       values: "binned" (quantile bins 1 .. n_bins - 1) or "log1p" (log of counts per 10,000).
@@ -45,11 +63,31 @@ class ScGPTConfig:
         "mid"; see :func:`scjax.encoding.bin_quantiles`. An embedding always takes "mid" for "random".
       value_scale: number that bins or log values are multiplied by before the network reads them
         and before they are targets. 1 as published; 1 / n_bins suits training from scratch.
-      mask_fractions: share of a cell's genes that are hidden, drawn anew for each cell.
+      zeros: genes that a cell does not express are tokens too, of value 0, as in upstream's fine-tuning;
+        for vocabularies of about ``max_length`` genes.
+      cls_value: value of the CLS token: that of padding in upstream's pretraining, 0 in its fine-tuning.
+      objective: "generative" or "masked", see above.
+      mask_fractions: share of a cell's genes that is unknown. "generative" draws one for all cells of a
+        step (evaluation takes the middle one), "masked" one for each cell.
+      project_unknown: also the unknown genes' attention passes the output projection. It does not in the
+        published model.
+      second_pass_after: training calls of the loss before the second pass begins; 0 leaves it out.
       mvc_weight: weight of the gene-prompt objective; 0 leaves it out.
+      zero_probability: predict also whether a gene is expressed; needs ``zeros``.
+      n_batches: number of classes of the label ``batch_label``, for the four fields that follow.
+      batch_label: label column that says which batch (study, donor, ...) a cell is of.
+      batch_decoder: the decoders are told the batch, so that the cell embedding need not hold it.
+      batch_norm: of the embedded tokens: "domain" by each cell's own batch, "shared" over all, or "none".
+      dab_weight: weight of the discriminator of batches, whose gradient is reversed; 0 leaves it out.
+      ecs_weight, ecs_threshold: elastic cell similarity (published: 10 and 0.3 to 0.8); 0 leaves it out.
+      pool: cell embedding: "cls", the output at CLS, or "mean" of the outputs of CLS and the known genes.
+      n_outputs: of the classification head, which exists if above 0.
       attention: backend, see :func:`scjax.nn.attention.attention`.
       remat: see :class:`scjax.nn.layers.Stack`.
       dtype: "float32" or "bfloat16", of activations; parameters are float32.
+      pool_pads, first_domain, mask_cls, embed_genes: upstream's accidents, for parity alone: padding counts
+        in the mean of "mean"; the first cell's batch and padding count in ``batch_norm``; "masked" may hide
+        the value of CLS; "random" draws the genes of a long cell for its embedding by its row.
     """
 
     d_model: int = 512
@@ -58,42 +96,77 @@ class ScGPTConfig:
     d_ff: int = 512
     dropout: float = 0.2
     norm: Literal["post", "pre"] = "post"
+    gene_table: GeneTable = GeneTable()
     max_length: int = 1200
     values: Literal["binned", "log1p"] = "binned"
     n_bins: int = 51
     tie: Tie = "random"
     value_scale: float = 1.0
+    zeros: bool = False
+    cls_value: float = PAD_VALUE
+    objective: Literal["generative", "masked"] = "generative"
     mask_fractions: tuple[float, ...] = (0.25, 0.5, 0.75)
+    project_unknown: bool = False
+    second_pass_after: int = 1000
     mvc_weight: float = 1.0
+    zero_probability: bool = False
+    n_batches: int = 0
+    batch_label: str = "dataset"
+    batch_decoder: bool = False
+    batch_norm: Literal["none", "domain", "shared"] = "none"
+    dab_weight: float = 0.0
+    ecs_weight: float = 0.0
+    ecs_threshold: float = 0.3
+    pool: Literal["cls", "mean"] = "cls"
+    n_outputs: int = 0
     attention: Backend = "auto"
     remat: Remat = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    pool_pads: bool = False
+    first_domain: bool = False
+    mask_cls: bool = False
+    embed_genes: Literal["top", "random"] = "top"
 
     def __post_init__(self) -> None:
+        for name, allowed in (("values", ("binned", "log1p")), ("objective", ("generative", "masked"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is one of {allowed}, not {getattr(self, name)!r}")
         if not self.mask_fractions or not all(0 < f < 1 for f in self.mask_fractions):
             raise ValueError(f"mask_fractions = {self.mask_fractions}: each must lie between 0 and 1")
-        if self.values not in ("binned", "log1p"):
-            raise ValueError(f'values is "binned" or "log1p", not {self.values!r}')
         if self.max_length < 2:
             raise ValueError(f"max_length = {self.max_length} leaves no room for a gene beside CLS")
+        if self.zero_probability and not self.zeros:
+            raise ValueError("zero_probability needs zeros = True: else every gene of a cell is expressed")
+        if self.n_batches < 1 and (self.batch_decoder or self.dab_weight or self.batch_norm == "domain"):
+            raise ValueError(
+                'batch_decoder, dab_weight and batch_norm = "domain" need n_batches, the number of classes '
+                f"of the label {self.batch_label!r}"
+            )
+        if self.objective == "generative" and (self.batch_norm != "none" or self.mask_cls):
+            raise ValueError('batch_norm and mask_cls go with objective = "masked"')
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """What the network reads. S gene slots a cell; the hidden ones come first.
+    """What the network reads. N gene slots a cell; the unknown or hidden ones come first.
 
     Attributes:
-      gene_id: int32 [B, S]; -1 where padded.
-      value: float32 [B, S], what the network is shown: the value, or MASK_VALUE.
-      target: float32 [B, S], the true value.
-      hidden: bool [B, S].
+      gene_id: int32 [B, N]; -1 where padded.
+      value: float32 [B, N], what the network is shown: the value, or MASK_VALUE.
+      target: float32 [B, N], the true value.
+      hidden: bool [B, N].
+      fraction: which of ``mask_fractions`` is unknown in "generative" tokens: the first
+        floor(N * fraction) slots are theirs. None where all genes are known, if only by a hidden value.
+      cls_hidden: bool [B], or None for no.
     """
 
     gene_id: Array
     value: Array
     target: Array
     hidden: Array
+    fraction: int | Array | None = None
+    cls_hidden: Array | None = None
 
 
 class ScGPT(nnx.Module):
@@ -108,15 +181,23 @@ class ScGPT(nnx.Module):
     def __init__(self, config: ScGPTConfig, n_genes: int, *, rngs: nnx.Rngs):
         c, d = config, config.d_model
         dtype = jnp.dtype(c.dtype)
+        typed: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.config, self.n_genes = config, n_genes
         self.deterministic = False
         uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -0.1, 0.1)  # noqa: E731
-        self.gene = nnx.Embed(
-            n_genes + 3, d, embedding_init=uniform, rngs=rngs, embedding_metadata={"axes": ("vocab", "embed")}
-        )
+        self.gene = GeneEmbedder(n_genes, 3, d, c.gene_table, init=uniform, rngs=rngs)
         self.gene_norm = layer_norm(d, rngs=rngs)
-        self.value = MLP((1, d, d), activation="relu", dtype=dtype, rngs=rngs)
+        self.value = MLP((1, d, d), activation="relu", **typed)
         self.value_norm = layer_norm(d, rngs=rngs)
+        if c.objective == "generative":
+            # row 1 marks an unknown gene; row 0 is in the published files and used by nothing
+            self.flag = nnx.Embed(2, d, rngs=rngs, embedding_metadata={"axes": (None, "embed")})
+            if c.second_pass_after:
+                self.calls = Buffer(jnp.zeros((), jnp.int32))
+        if c.batch_norm == "domain":
+            self.domain_norm = DomainBatchNorm(d, c.n_batches, affine=False, first_domain=c.first_domain)
+        elif c.batch_norm == "shared":
+            self.domain_norm = DomainBatchNorm(d, 1, affine=True, first_domain=c.first_domain)
         self.transformer = Stack(
             c.n_layers,
             lambda r: Block(
@@ -127,21 +208,21 @@ class ScGPT(nnx.Module):
         )
         if c.norm == "pre":
             self.final_norm = layer_norm(d, rngs=rngs)
-        self.decoder = MLP((d, d, d, 1), dtype=dtype, rngs=rngs)
+        if c.batch_decoder:
+            self.batch_vector = BatchVector(c.n_batches, d, rngs=rngs)
+        self.decoder = ValueDecoder(d, told=c.batch_decoder, expressed=c.zero_probability, **typed)
         if c.mvc_weight:
-            self.mvc_query = linear(d, d, ("embed", "embed_out"), dtype=dtype, rngs=rngs)
-            # from zero: the product of two random vectors would start far outside the range of values
-            self.mvc_product = linear(
-                d,
-                d,
-                ("embed", "embed_out"),
-                use_bias=False,
-                dtype=dtype,
-                rngs=rngs,
-                kernel_init=nnx.initializers.zeros,
-            )
-        self.target_sum = Buffer(jnp.zeros(n_genes), axes=("vocab",))
-        self.target_count = Buffer(jnp.zeros(n_genes), axes=("vocab",))
+            self.mvc = PromptDecoder(d, told=c.batch_decoder, expressed=c.zero_probability, **typed)
+        if c.dab_weight:
+            self.discriminator = CellHead(d, c.n_batches, activation="leaky_relu", **typed)
+        if c.n_outputs:
+            self.head = CellHead(d, c.n_outputs, activation="relu", **typed)
+        self.gene_mean = GeneMean(n_genes)
+
+    @staticmethod
+    def tables(config: ScGPTConfig) -> dict[str, str]:
+        """What the model needs from outside: vectors of genes, unless it learns its own."""
+        return {} if config.gene_table.kind == "random" else {"gene": "vectors"}
 
     # ---------------------------------------------------------------- encode
     def values(self, batch: CellBatch, keys: Array | None) -> Array:
@@ -153,104 +234,206 @@ class ScGPT(nnx.Module):
         return c.value_scale * bin_quantiles(batch.count, c.n_bins, tie=tie, keys=keys, gene_id=batch.gene_id)
 
     def encode(self, batch: CellBatch, key: Array) -> Tokens:
-        """Training tokens: bins, a random choice of genes, hidden values; all by (key, row, gene)."""
-        c = self.config
-        bins, choice, fraction, mask = (row_keys(k, batch.row) for k in jax.random.split(key, 4))
+        """Training tokens: bins, a random choice of genes, which are unknown; all by (key, row, gene)."""
+        c, n = self.config, self.config.max_length - 1
+        if c.zeros:
+            batch = with_zeros(batch, self.n_genes)
+        bins, choice, share, mask = jax.random.split(key, 4)
+        choice = row_keys(choice, batch.row)
         # values come before the choice of genes: a gene's bin is its rank in the whole cell
-        target = self.values(batch, bins)
-        gene_id, target = select_genes(batch.gene_id, target, c.max_length - 1, choice)
+        target = self.values(batch, row_keys(bins, batch.row))
+        if c.objective == "generative":
+            count = len(c.mask_fractions)
+            alone = self.deterministic or count == 1
+            drawn = count // 2 if alone else jax.random.randint(share, (), 0, count)
+            gene_id, target, hidden = split_unknown(batch.gene_id, target, n, c.mask_fractions, drawn, choice)
+            return Tokens(gene_id, jnp.where(hidden, MASK_VALUE, target), target, hidden, drawn)
+
+        gene_id, target = select_genes(batch.gene_id, target, n, choice)
         fractions = jnp.asarray(c.mask_fractions, jnp.float32)
-        drawn = jax.vmap(lambda k: jax.random.choice(k, fractions))(fraction)
-        hidden = mask_genes(gene_id, drawn, mask)
+        drawn = jax.vmap(lambda k: jax.random.choice(k, fractions))(row_keys(share, batch.row))
+        cls_id = jnp.full_like(gene_id[:, :1], self.n_genes + 1)
+        candidates = jnp.concatenate([cls_id, gene_id], axis=1) if c.mask_cls else gene_id
+        hidden = mask_genes(candidates, drawn, row_keys(mask, batch.row))
+        cls_hidden, hidden = (hidden[:, 0], hidden[:, 1:]) if c.mask_cls else (None, hidden)
         # slots have no order of their own: with the hidden genes first, the heads can skip the rest
         slot = jnp.argsort(~hidden, axis=-1)
         gene_id, target, hidden = (jnp.take_along_axis(x, slot, axis=-1) for x in (gene_id, target, hidden))
-        return Tokens(gene_id, jnp.where(hidden, MASK_VALUE, target), target, hidden)
+        return Tokens(gene_id, jnp.where(hidden, MASK_VALUE, target), target, hidden, None, cls_hidden)
 
     # --------------------------------------------------------------- network
     def gene_embedding(self, gene_id: Array) -> Array:
         """float [..., E]: LayerNorm of the table's row; id -1 is padding."""
         return self.gene_norm(self.gene(jnp.where(gene_id < 0, self.n_genes, gene_id)))
 
-    def __call__(self, tokens: Tokens, keys: Array | None = None) -> tuple[Array, Array]:
+    def _by_fraction(self, tokens: Tokens, run: Callable[[int], Any]) -> Any:
+        """``run(number of unknown slots)``: for each fraction a branch with shapes of its own."""
+        drawn, length = tokens.fraction, tokens.gene_id.shape[1]
+        if drawn is None:
+            return run(0)
+        rooms = [unknown_room(length, fraction) for fraction in self.config.mask_fractions]
+        if isinstance(drawn, int):
+            return run(rooms[drawn])
+        return jax.lax.switch(drawn, [functools.partial(run, room) for room in rooms])
+
+    def _inputs(
+        self, tokens: Tokens, unknown: int, keys: Array | None, batch: CellBatch | None, train: bool
+    ) -> tuple[Array, Array, Array]:
+        """Embedded tokens [B, N+1, E] with CLS behind the ``unknown`` first, their genes' vectors, and which
+        of them are not padding."""
+        c = self.config
+        gene_id, value = tokens.gene_id, jnp.where(tokens.gene_id < 0, PAD_VALUE, tokens.value)
+        cls_id = jnp.full_like(gene_id[:, :1], self.n_genes + 1)
+        cls_value = jnp.full_like(value[:, :1], c.cls_value)
+        if tokens.cls_hidden is not None:
+            cls_value = jnp.where(tokens.cls_hidden[:, None], MASK_VALUE, cls_value)
+        gene_id = jnp.concatenate([gene_id[:, :unknown], cls_id, gene_id[:, unknown:]], axis=1)
+        value = jnp.concatenate([cls_value, value[:, unknown:]], axis=1)
+        gene, valid = self.gene_embedding(gene_id), gene_id >= 0
+        shown = self.value_norm(self.value(jnp.minimum(value, MAX_VALUE)[..., None]))
+        x = gene[:, unknown:] + dropout(shown, c.dropout, fold(keys, 0))
+        if unknown:
+            x = jnp.concatenate([gene[:, :unknown] + self.flag.embedding[...][1], x], axis=1)
+        if c.batch_norm != "none":
+            domain = jnp.full(x.shape[:1], -1) if batch is None else self._batch_of(batch)
+            domain = domain if c.batch_norm == "domain" else jnp.zeros_like(domain)
+            counted = valid if batch is None else valid * batch.weight[:, None]
+            x = self.domain_norm(x, counted, domain, train=train)
+        return x, gene, valid
+
+    def _transform(self, x: Array, valid: Array, unknown: int, keys: Array | None) -> tuple[Array, Array]:
+        """``(cell [B, E], states [B, N+1, E])`` of embedded tokens."""
+        c = self.config
+        options = {"unknown": unknown, "project_unknown": c.project_unknown}
+        x = self.transformer(x.astype(jnp.dtype(c.dtype)), valid, keys=keys, **options)
+        if c.norm == "pre":
+            x = self.final_norm(x)
+        if c.pool == "cls":
+            return x[:, unknown], x
+        counted = jnp.ones_like(valid[:, unknown:]) if c.pool_pads else valid[:, unknown:]
+        total = jnp.einsum("bse,bs->be", x[:, unknown:], counted.astype(x.dtype))
+        return total / counted.sum(1, keepdims=True).astype(x.dtype), x
+
+    def __call__(
+        self, tokens: Tokens, keys: Array | None = None, batch: CellBatch | None = None
+    ) -> tuple[Array, Array]:
         """Runs the transformer.
 
         Args:
           tokens: from :meth:`encode`.
           keys: dropout keys [B], or None.
+          batch: where ``batch_norm`` finds the cells' batches; None for cells of unknown batch.
 
         Returns:
-          ``(cell, genes)``: [B, E], the output at CLS, and [B, S, E].
+          ``(cell, genes)``: [B, E], the cell embedding, and [B, N, E].
         """
-        dtype = jnp.dtype(self.config.dtype)
-        batch = tokens.gene_id.shape[0]
-        gene_id = jnp.concatenate([jnp.full((batch, 1), self.n_genes + 1), tokens.gene_id], axis=1)
-        value = jnp.concatenate([jnp.full((batch, 1), CLS_VALUE), tokens.value], axis=1)
-        embedded = self.value_norm(self.value(jnp.minimum(value, MAX_VALUE)[..., None]))
-        x = self.gene_embedding(gene_id) + dropout(embedded, self.config.dropout, fold(keys, 0))
-        x = self.transformer(x.astype(dtype), gene_id >= 0, keys=fold(keys, 1))
-        if self.config.norm == "pre":
-            x = self.final_norm(x)
-        return x[:, 0], x[:, 1:]
 
-    def predict(self, genes: Array) -> Array:
-        """[B, S]: the value of each gene from its own output (masked-value regression)."""
-        return self.decoder(genes)[..., 0]
+        def run(unknown: int) -> tuple[Array, Array]:
+            x, _, valid = self._inputs(tokens, unknown, keys, batch, train=False)
+            cell, states = self._transform(x, valid, unknown, fold(keys, 1))
+            return cell, jnp.concatenate([states[:, :unknown], states[:, unknown + 1 :]], axis=1)
 
-    def predict_from_cell(self, cell: Array, gene_id: Array) -> Array:
-        """[B, S]: the value of each gene from the cell embedding and the gene's name (MVC)."""
-        query = jax.nn.sigmoid(self.mvc_query(self.gene_embedding(gene_id).astype(cell.dtype)))
-        return jnp.einsum("bse,be->bs", self.mvc_product(query), cell)
+        return self._by_fraction(tokens, run)
 
     # ------------------------------------------------------------- objective
-    def loss(self, batch: CellBatch, key: Array) -> tuple[Array, Array, dict[str, tuple[Array, Array]]]:
-        """Squared error of the hidden values, from the gene outputs plus from the cell embedding.
+    def _batch_of(self, batch: CellBatch) -> Array:
+        """int32 [B]: the batch of each cell; -1 where unknown, as in data without such a label."""
+        unknown = jnp.full(batch.row.shape, -1, jnp.int32)
+        return jnp.asarray(batch.label.get(self.config.batch_label, unknown))
+
+    def loss(self, batch: CellBatch, key: Array) -> tuple[Any, Any, Metrics]:
+        """Squared error of the unknown values, predicted three ways; see the top of the file.
 
         Also brings up to date the running mean of each gene's value, whose own error on the same
-        targets ("gene_mean_mse") is the no-information baseline.
+        targets ("gene_mean_mse") is the no-information baseline, and counts its own calls in training.
         """
+        c = self.config
+        if c.n_batches and c.batch_label not in batch.label:
+            raise ValueError(f"n_batches = {c.n_batches}, but batches have no label {c.batch_label!r}")
         encode_key, drop_key = jax.random.split(key)
         tokens = self.encode(batch, encode_key)
-        cell, genes = self(tokens, None if self.deterministic else row_keys(drop_key, batch.row))
-        n = max(int(tokens.gene_id.shape[1] * max(self.config.mask_fractions) + 1e-4), 1)
-        gene_id, target = tokens.gene_id[:, :n], tokens.target[:, :n]
-        mask = tokens.hidden[:, :n] * batch.weight[:, None]
-        masked, weight = masked_mse(self.predict(genes[:, :n]), target, mask)
-        metrics = {"masked_mse": (masked, weight)}
-        total = masked
-        if self.config.mvc_weight:
-            mvc, _ = masked_mse(self.predict_from_cell(cell, gene_id), target, mask)
-            metrics["mvc_mse"] = (mvc, weight)
-            total = total + self.config.mvc_weight * mvc
-        metrics["gene_mean_mse"] = masked_mse(self.gene_mean(gene_id), target, mask)
-        self._update_gene_mean(tokens, batch.weight)
-        return total, weight, metrics
+        keys = None if self.deterministic else row_keys(drop_key, batch.row)
+        target, mask = tokens.target, tokens.hidden * batch.weight[:, None]
+        metrics = {"gene_mean_mse": masked_mse(self.gene_mean(tokens.gene_id), target, mask)}
+        self.gene_mean.update(tokens.gene_id, target, batch.weight)
+        if tokens.cls_hidden is not None:  # CLS is one more gene, the first
+            mask = jnp.concatenate([(tokens.cls_hidden * batch.weight)[:, None], mask], axis=1)
+            target = jnp.pad(target, ((0, 0), (1, 0)), constant_values=c.cls_value)
+        weight = mask.sum()
+        begun = jnp.zeros((), bool)
+        if c.objective == "generative" and c.second_pass_after:
+            begun = self.calls[...] >= c.second_pass_after
+            self.calls[...] += 0 if self.deterministic else 1
 
-    def gene_mean(self, gene_id: Array) -> Array:
-        """float32, shape of ``gene_id``: mean value of each gene in the batches seen so far."""
-        overall = self.target_sum[...].sum() / jnp.maximum(self.target_count[...].sum(), 1.0)
-        mean = jnp.where(
-            self.target_count[...] > 0,
-            self.target_sum[...] / jnp.maximum(self.target_count[...], 1.0),
-            overall,
-        )
-        return mean[jnp.maximum(gene_id, 0)]
+        def run(unknown: int) -> tuple[dict[str, Array], Array]:
+            """(sums by metric, cell embedding). The heads see the unknown tokens alone."""
+            if c.objective == "generative":
+                own = slice(0, unknown)
+            else:
+                room = unknown_room(tokens.gene_id.shape[1], max(c.mask_fractions))
+                own = slice(0 if c.mask_cls else 1, max(room, 1) + 1)
+            n = own.stop - own.start
+            told = self.batch_vector(self._batch_of(batch)) if c.batch_decoder else None
 
-    def _update_gene_mean(self, tokens: Tokens, weight: Array) -> None:
-        seen = (tokens.gene_id >= 0) * weight[:, None]
-        slot = jnp.maximum(tokens.gene_id, 0)
-        # float32 cannot count past 2**24: from 2**20 on, older batches weigh half as much
-        keep = jnp.where(self.target_count[...] > 2**20, 0.5, 1.0)
-        for buffer, new in ((self.target_sum, seen * tokens.target), (self.target_count, seen)):
-            buffer[...] = buffer[...] * keep + jnp.zeros(self.n_genes).at[slot].add(new)
+            def errors(name: str, predicted: tuple[Array, Array | None]) -> dict[str, Array]:
+                value, logit = predicted
+                sums = {f"{name}_mse": masked_mse(value, target[:, :n], mask[:, :n])[0]}
+                if logit is not None:
+                    sums[f"{name}_expressed_nll"] = expressed_nll(logit, target[:, :n], mask[:, :n])[0]
+                return sums
+
+            x, gene, valid = self._inputs(tokens, unknown, keys, batch, train=not self.deterministic)
+            cell, states = self._transform(x, valid, unknown, fold(keys, 1))
+            sums = errors("masked", self.decoder(states[:, own], told))
+            if c.mvc_weight:
+                sums |= errors("mvc", self.mvc(gene[:, own], cell, told))
+            if c.objective == "generative" and c.second_pass_after:
+
+                def second() -> dict[str, Array]:
+                    start = x.at[:, unknown].set(jax.lax.stop_gradient(cell).astype(x.dtype))
+                    _, states = self._transform(start, valid, unknown, fold(keys, 2))
+                    return errors("second", self.decoder(states[:, own], told))
+
+                zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(second))
+                sums |= jax.lax.cond(begun, second, lambda: zeros)
+            return sums, cell
+
+        sums, cell = self._by_fraction(tokens, run)
+        total = sum((c.mvc_weight if "mvc" in name else 1.0) * value for name, value in sums.items())
+        for name, value in sums.items():
+            metrics[name] = (value, jnp.where(begun, weight, 0.0) if "second" in name else weight)
+        objectives = {"values": (total, weight)}
+        if c.ecs_weight:
+            value, pairs = metrics["ecs"] = elastic_cell_similarity(cell, batch.weight, c.ecs_threshold)
+            objectives["ecs"] = (c.ecs_weight * value, pairs)
+        if c.dab_weight:
+            logits = self.discriminator(reverse_gradient(cell))
+            value, cells = metrics["dab_ce"] = label_cross_entropy(
+                logits, self._batch_of(batch), batch.weight
+            )
+            objectives["dab"] = (c.dab_weight * value, cells)
+        if len(objectives) == 1:
+            return total, weight, metrics
+        return *({name: pair[i] for name, pair in objectives.items()} for i in (0, 1)), metrics
 
     # ------------------------------------------------------------- embedding
-    def embed(self, batch: CellBatch) -> Array:
-        """float32 [B, E]: the output at CLS, scaled to length 1, of the most expressed genes, none hidden."""
+    def _cell(self, batch: CellBatch) -> Array:
+        """[B, E]: the cell embedding, of the most expressed genes, none hidden."""
+        c = self.config
+        if c.zeros:
+            batch = with_zeros(batch, self.n_genes)
         value = self.values(batch, None)
-        same = jnp.zeros_like(batch.row)  # ties between genes fall alike in every cell, whatever its number
-        keys = row_keys(jax.random.key(0), same)
-        gene_id, value = select_genes(batch.gene_id, value, self.config.max_length - 1, keys, method="top")
-        cell, _ = self(Tokens(gene_id, value, value, gene_id < -1))
-        cell = cell.astype(jnp.float32)
+        # ties between genes fall alike in every cell, whatever its number
+        row = batch.row if c.embed_genes == "random" else jnp.zeros_like(batch.row)
+        keys = row_keys(jax.random.key(0), row)
+        gene_id, value = select_genes(batch.gene_id, value, c.max_length - 1, keys, method=c.embed_genes)
+        return self(Tokens(gene_id, value, value, gene_id < -1), batch=batch)[0]
+
+    def embed(self, batch: CellBatch) -> Array:
+        """float32 [B, E]: the cell embedding, scaled to length 1."""
+        cell = self._cell(batch).astype(jnp.float32)
         return cell / jnp.linalg.norm(cell, axis=-1, keepdims=True)
+
+    def predict_cell(self, batch: CellBatch) -> Array:
+        """float32 [B, n_outputs]: logits of the classes."""
+        return self.head(self._cell(batch)).astype(jnp.float32)

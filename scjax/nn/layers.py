@@ -79,7 +79,16 @@ def fold(keys: Array | None, data: int | Array) -> Array | None:
 class Attention(nnx.Module):
     """Multi-head self-attention with one fused projection for queries, keys and values."""
 
-    def __init__(self, d_model: int, n_heads: int, *, backend: Backend, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        *,
+        backend: Backend,
+        dtype: Any,
+        kernel_init: Callable[..., Array] = LECUN,
+        rngs: nnx.Rngs,
+    ):
         if d_model % n_heads:
             raise ValueError(f"n_heads = {n_heads} does not divide d_model = {d_model}")
         head = d_model // n_heads
@@ -89,6 +98,7 @@ class Attention(nnx.Module):
             (3, n_heads, head),
             dtype=dtype,
             rngs=rngs,
+            kernel_init=kernel_init,
             kernel_metadata={"axes": ("embed", None, "heads", "head")},
             bias_metadata={"axes": (None, "heads", "head")},
         )
@@ -98,17 +108,31 @@ class Attention(nnx.Module):
             axis=(-2, -1),
             dtype=dtype,
             rngs=rngs,
+            kernel_init=kernel_init,
             kernel_metadata={"axes": ("heads", "head", "embed")},
             bias_metadata={"axes": ("embed",)},
         )
 
-    def __call__(self, x_BSE: Array, key_mask_BS: Array) -> Array:
-        q, k, v = (self.qkv(x_BSE)[:, :, i] for i in range(3))
-        return self.out(attention(q, k, v, key_mask_BS, backend=self.backend))
+    def __call__(
+        self, x_BSE: Array, key_mask_BS: Array, *, unknown: int = 0, project_unknown: bool = True
+    ) -> Array:
+        """``unknown``: see :func:`attention`; without ``project_unknown`` the first ``unknown`` positions get
+        the heads' outputs side by side, not projected."""
+        qkv = self.qkv(x_BSE)
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        heads = attention(q, k, v, key_mask_BS, unknown=unknown, backend=self.backend)
+        if not unknown or project_unknown:
+            return self.out(heads)
+        plain = heads[:, :unknown].reshape(*heads.shape[:1], unknown, -1)
+        return jnp.concatenate([plain, self.out(heads[:, unknown:])], axis=1)
 
 
 class Block(nnx.Module):
-    """One transformer layer, post-norm (as in scGPT, BERT) or pre-norm."""
+    """One transformer layer, post-norm (as in scGPT, BERT) or pre-norm.
+
+    ``dropout`` acts on what attention and feed-forward add to the residual stream and, unless
+    ``inner_dropout`` says otherwise, within the feed-forward layer (as in torch; BERT has none there).
+    """
 
     def __init__(
         self,
@@ -119,31 +143,38 @@ class Block(nnx.Module):
         norm: Literal["post", "pre"] = "post",
         activation: str = "relu",
         dropout: float = 0.0,
+        inner_dropout: float | None = None,
         epsilon: float = 1e-5,
         backend: Backend = "auto",
         dtype: Any = None,
+        kernel_init: Callable[..., Array] = LECUN,
         rngs: nnx.Rngs,
     ):
         if norm not in ("post", "pre"):
             raise ValueError(f'norm is "post" or "pre", not {norm!r}')
         self.norm, self.rate, self.activation = norm, dropout, activation
-        self.attention = Attention(d_model, n_heads, backend=backend, dtype=dtype, rngs=rngs)
-        self.up = linear(d_model, d_ff, ("embed", "mlp"), dtype=dtype, rngs=rngs)
-        self.down = linear(d_ff, d_model, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.inner_rate = dropout if inner_dropout is None else inner_dropout
+        how: dict[str, Any] = {"dtype": dtype, "kernel_init": kernel_init, "rngs": rngs}
+        self.attention = Attention(d_model, n_heads, backend=backend, **how)
+        self.up = linear(d_model, d_ff, ("embed", "mlp"), **how)
+        self.down = linear(d_ff, d_model, ("mlp", "embed"), **how)
         self.norm1 = layer_norm(d_model, epsilon=epsilon, rngs=rngs)
         self.norm2 = layer_norm(d_model, epsilon=epsilon, rngs=rngs)
 
     def feed_forward(self, x: Array, keys: Array | None) -> Array:
-        return self.down(dropout(ACTIVATIONS[self.activation](self.up(x)), self.rate, fold(keys, 0)))
+        hidden = ACTIVATIONS[self.activation](self.up(x))
+        return self.down(dropout(hidden, self.inner_rate, fold(keys, 0)))
 
-    def __call__(self, x_BSE: Array, key_mask_BS: Array, keys: Array | None = None) -> Array:
-        """``keys``: dropout keys [B] of this layer, or None."""
+    def __call__(
+        self, x_BSE: Array, key_mask_BS: Array, keys: Array | None = None, **attention: Any
+    ) -> Array:
+        """``keys``: dropout keys [B] of this layer, or None; ``attention``: see :class:`Attention`."""
         drop = lambda x, site: dropout(x, self.rate, fold(keys, site))  # noqa: E731
         x = x_BSE
         if self.norm == "post":
-            x = self.norm1(x + drop(self.attention(x, key_mask_BS), 1)).astype(x.dtype)
+            x = self.norm1(x + drop(self.attention(x, key_mask_BS, **attention), 1)).astype(x.dtype)
             return self.norm2(x + drop(self.feed_forward(x, keys), 2)).astype(x.dtype)
-        x = x + drop(self.attention(self.norm1(x).astype(x.dtype), key_mask_BS), 1)
+        x = x + drop(self.attention(self.norm1(x).astype(x.dtype), key_mask_BS, **attention), 1)
         return x + drop(self.feed_forward(self.norm2(x).astype(x.dtype), keys), 2)
 
 
@@ -169,19 +200,25 @@ class Stack(nnx.Module):
         self.n_layers, self.remat = n_layers, remat
         self.blocks = nnx.vmap(make_block)(rngs.split(n_layers))
 
-    def __call__(self, x: Array, *context: Any, keys: Array | None = None) -> Array:
-        """Runs ``block(x, *context, keys)`` for each layer; ``keys`` [B] are folded with its number."""
+    def __call__(
+        self, x: Array, *context: Any, keys: Array | None = None, layers: int | None = None, **options: Any
+    ) -> Array:
+        """Runs ``block(x, *context, keys, **options)`` for the first ``layers`` layers (None: all);
+        ``keys`` [B] are folded with a layer's number."""
+        n = self.n_layers if layers is None else layers
         graphdef, stacked = nnx.split(self.blocks)
+        if n < self.n_layers:
+            stacked = jax.tree.map(lambda leaf: leaf[:n], stacked)
 
         def layer(x: Array, this: tuple[Any, Array]) -> tuple[Array, None]:
             variables, number = this
-            return nnx.merge(graphdef, variables)(x, *context, fold(keys, number)), None
+            return nnx.merge(graphdef, variables)(x, *context, fold(keys, number), **options), None
 
         if self.remat == "full":
             layer = jax.checkpoint(layer)
         elif self.remat == "dots":
             layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-        return jax.lax.scan(layer, x, (stacked, jnp.arange(self.n_layers)))[0]
+        return jax.lax.scan(layer, x, (stacked, jnp.arange(n)))[0]
 
 
 class MLP(nnx.Module):

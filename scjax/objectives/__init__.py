@@ -4,6 +4,17 @@ The training step adds up sums and weights over micro-batches and devices and di
 cell with many hidden genes counts for more than one with few, whichever batch it is in.
 """
 
+from scjax.objectives.adversarial import label_cross_entropy, reverse_gradient
+from scjax.objectives.classification import linear_cross_entropy
 from scjax.objectives.regression import masked_mse
+from scjax.objectives.similarity import elastic_cell_similarity
+from scjax.objectives.zeros import expressed_nll
 
-__all__ = ["masked_mse"]
+__all__ = [
+    "elastic_cell_similarity",
+    "expressed_nll",
+    "label_cross_entropy",
+    "linear_cross_entropy",
+    "masked_mse",
+    "reverse_gradient",
+]
