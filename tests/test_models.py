@@ -18,6 +18,7 @@ from scjax.types import CellBatch
 
 GENES, SLOTS = 60, 48
 TINY = {
+    "geneformer": {"d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 32, "max_length": 64},
     "scgpt": {"d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 32, "max_length": 33},
     "test_models:MeanModel": {},
 }

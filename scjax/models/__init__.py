@@ -23,6 +23,7 @@ from scjax.config import from_config, nearest
 from scjax.nn.module import Abstract, abstract
 
 SYSTEMS = {
+    "geneformer": ("scjax.models.geneformer", "Geneformer", "GeneformerConfig"),
     "scgpt": ("scjax.models.scgpt", "ScGPT", "ScGPTConfig"),
 }
 
