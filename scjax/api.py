@@ -117,24 +117,42 @@ class Model:
         return out
 
     def random_twin(self, seed: int = 1) -> Model:
-        """The same network with fresh parameters: the control that shows what pretraining did."""
+        """The same network with fresh parameters: the control that shows what pretraining did.
+
+        Tables, medians and running means stay: what was not learned is not what the control is about.
+        """
         import jax
 
         from scjax import models
         from scjax.nn import initialise
 
         fresh = models.build(self.system, self.config, len(self.vocabulary), seed)
-        return dataclasses.replace(self, **jax.jit(lambda: initialise(fresh))(), step=0)
+        where = jax.tree.map(lambda x: x.sharding, self.params)
+        params = jax.jit(lambda: initialise(fresh)["params"], out_shardings=where)()
+        twin = dataclasses.replace(self, params=params, step=0)
+        # the same function of other arrays: nothing is compiled again
+        vars(twin).update(abstract=self.abstract, _embed=self._embed)
+        return twin
 
     def gene_embedding(self) -> np.ndarray:
-        """The gene-embedding table, float32 [n_genes, E], in the order of the vocabulary.
+        """The embedding of each gene, float32 [n_genes, E], in the order of the vocabulary.
+
+        It is ``gene_vectors()`` of the model, else ``vectors()`` of its ``gene``, else the table
+        ``gene.embedding``.
 
         Raises:
-          ValueError: the system keeps no such table under ``gene``.
+          ValueError: the system has none of these.
         """
-        if not hasattr(getattr(self.module, "gene", None), "embedding"):
-            raise ValueError(f"{self.system} has no table of gene embeddings")
-        return np.asarray(self.module.gene.embedding[...])[: len(self.vocabulary)]
+        gene = getattr(self.module, "gene", None)
+        if hasattr(self.module, "gene_vectors"):
+            table = self.module.gene_vectors()
+        elif hasattr(gene, "vectors"):
+            table = gene.vectors()
+        elif hasattr(gene, "embedding"):
+            table = gene.embedding[...]
+        else:
+            raise ValueError(f"{self.system} has no embedding of genes")
+        return np.asarray(table)[: len(self.vocabulary)]
 
     def parameter_table(self) -> Table:
         """A printable table: path, shape, logical axes, count and bytes of each parameter."""

@@ -84,7 +84,7 @@ class TestDictionary:
         "opcodes, told",
         [
             # attributes of a function that is allowed; a slot of a class that is allowed
-            (b"c_codecs\nencode\n}(X\x08\x00\x00\x00__name__X\x01\x00\x00\x00xub.", "attributes of a function"),
+            (b"c_codecs\nencode\n}(X\x01\x00\x00\x00aX\x01\x00\x00\x00xub.", "attributes of a function"),
             (b"cnumpy\ndtype\n(N}(X\x08\x00\x00\x00__init__K\x01utb.", "attributes of a type"),
             (b"cnumpy\nndarray\n(K\x01tR.", "a call of numpy.ndarray"),
             (b"cnumpy\ndtype\n(X\x02\x00\x00\x00O8K\x00K\x01tR.", "the numpy type 'O8'"),
@@ -176,7 +176,7 @@ class TestTorch:
         import torch
 
         content = {
-            "model_state_dict": {"a.weight": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(2).bfloat16()},
+            "state": {"a.weight": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(2).bfloat16()},
             "pos": torch.tensor([0.1], dtype=torch.float64),
             "half": torch.ones(2).half(),
             "calls": torch.tensor(3),
@@ -186,8 +186,9 @@ class TestTorch:
         for suffix in files.TORCH:
             torch.save(content, tmp_path / f"model{suffix}")
             found = files.read_tensors(tmp_path / f"model{suffix}")
-            assert found["epoch"] == 7 and found["config"] == {"d_model": 16, "names": ["a", "b"], "rate": 0.1}
-            state = found["model_state_dict"]
+            assert found["epoch"] == 7
+            assert found["config"] == {"d_model": 16, "names": ["a", "b"], "rate": 0.1}
+            state = found["state"]
             np.testing.assert_array_equal(state["a.weight"], np.arange(6).reshape(2, 3).T)
             assert state["b"].dtype == found["half"].dtype == np.float32
             assert found["pos"].dtype == np.float64 and found["pos"][0] == 0.1

@@ -187,12 +187,7 @@ def _npz(path: pathlib.Path) -> tuple[list[str], np.ndarray]:
                 raise ValueError(f"{path} holds the arrays {there}; names and vectors are needed")
             names, values = file["names"], file["vectors"]
     except (ValueError, OSError, EOFError) as error:
-        if "allow_pickle" in str(error):
-            raise ValueError(
-                f"{path} holds arrays of Python objects, which are not read; save names as text: "
-                "np.array(names, dtype=str)"
-            ) from None
-        raise _unread(path, error) from error
+        raise _unread(path, error) from None
     if names.dtype.kind not in "US" or names.ndim != 1 or len(names) != len(values):
         raise ValueError(
             f"{path}: names is {names.dtype}{list(names.shape)}, vectors {values.dtype}{list(values.shape)}; "
@@ -206,11 +201,18 @@ def _array(path: pathlib.Path) -> np.ndarray:
     try:
         return _numbers(path, np.load(path, allow_pickle=False))
     except (ValueError, OSError, EOFError) as error:
-        raise _unread(path, error) from error
+        raise _unread(path, error) from None
 
 
 def _unread(path: pathlib.Path, error: Exception) -> Exception:
-    return error if str(path) in str(error) else ValueError(f"{path} cannot be read: {error}")
+    if str(path) in str(error):
+        return error
+    if "pickle" in str(error):  # numpy's advice is to run what is in the file
+        return ValueError(
+            f"{path} is no array of numpy, or holds Python objects, which are not read; text is saved as "
+            "np.array(names, dtype=str)"
+        )
+    return ValueError(f"{path} cannot be read: {error}")
 
 
 def _numbers(path: pathlib.Path, values: np.ndarray) -> np.ndarray:

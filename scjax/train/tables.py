@@ -82,14 +82,14 @@ def gene_tables(
                 f"config.tables.{name} is not a table of {system};{nearest(name, wanted)} {takes}"
             )
     buffers, about = shapes_of(model)["buffers"], {}
-    for name, kind in sorted(wanted.items(), key=lambda item: given.get(item[0], CORPUS) == CORPUS):
+    computed = [n for n, kind in wanted.items() if kind == "median" and given.get(n, CORPUS) == CORPUS]
+    for name, kind in sorted(wanted.items(), key=lambda item: item[0] in computed):
         if kind == "median":
             source = given.get(name, CORPUS)
-            matched = (
-                _corpus_medians(corpus, vocabulary)
-                if source == CORPUS
-                else match_values(read_medians(source), vocabulary)
-            )
+            if name in computed:
+                matched = _corpus_medians(corpus, vocabulary)
+            else:
+                matched = match_values(read_medians(source), vocabulary)
             filled = {name: np.where(matched.known, matched.values, 1.0)}
         elif kind == "vectors":
             source = given.get(name, "")
