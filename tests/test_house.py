@@ -21,6 +21,7 @@ ORDER = [
     {"objectives"},
     {"models"},
     {"train"},
+    {"interop"},
     {"datasets"},
     {"api"},
     {"cli"},

@@ -7,19 +7,35 @@ stands for a small function of this file; the classes and functions that a pickl
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import hashlib
 import io
 import json
 import pathlib
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 SAFETENSORS = (".safetensors",)
 TORCH = (".pt", ".pth", ".ckpt", ".bin")
+
+
+_opened: contextvars.ContextVar[list[pathlib.Path] | None] = contextvars.ContextVar("opened", default=None)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[pathlib.Path]]:
+    """The files that are opened through this module in the meantime, in order."""
+    opened: list[pathlib.Path] = []
+    token = _opened.set(opened)
+    try:
+        yield opened
+    finally:
+        _opened.reset(token)
 
 
 def sha256(path: str | pathlib.Path) -> str:
@@ -47,7 +63,19 @@ def existing(path: str | pathlib.Path) -> pathlib.Path:
             f"{path} is a pointer of git-lfs, not the file itself ({path.stat().st_size} bytes): fetch the "
             "content with `git lfs pull` where the repository was cloned, or download the file by itself"
         )
+    opened = _opened.get()
+    if opened is not None and path not in opened:
+        opened.append(path)
     return path
+
+
+def read_json(path: str | pathlib.Path) -> Any:
+    """Content of a JSON file; ValueError if it is not one."""
+    path = existing(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 # ---------------------------------------------------------------------- tensors

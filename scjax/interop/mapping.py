@@ -198,9 +198,7 @@ def import_tensors(
             expected = shape[1:] if rule.stacked else shape
             if value.shape != expected:
                 held = ", ".join(f"{n} {list(t.shape)}" for n, t in zip(names, theirs, strict=True))
-                raise ValueError(
-                    f"{held} does not fit {rule.ours} {list(expected)} of the model{problem}"
-                )
+                raise ValueError(f"{held} does not fit {rule.ours} {list(expected)} of the model{problem}")
             values.append(value)
             for name in names:
                 used[name] = rule.ours
