@@ -127,3 +127,20 @@ def test_totals_keep_their_law():
     assert stats.kstest(out[:, big], stats.betabinom(count[big], 2, 2).cdf).pvalue > 1e-3
     # were the shares drawn by gene, the variance of the total would be that of independent genes
     assert out.sum(1).var() > 3 * out.var(0).sum() / 2
+
+
+def test_depth_token():
+    total = jnp.array([0.0, 1.0, 100.0, 5000.0])
+    same = np.log10([1, 1, 100, 5000])
+    for target, expected in (
+        ("same", same),
+        ("f1", same),
+        ("f5", same + np.log10(5)),
+        ("a5", same + 5),
+        ("t4", np.full(4, 4.0)),
+        ("t4.5", np.full(4, 4.5)),
+    ):
+        np.testing.assert_allclose(encoding.depth_token(total, target), expected, rtol=1e-6)
+    for target in ("", "4", "x5", "t", "f0", "t-1", "same5"):
+        with pytest.raises(ValueError, match="target is"):
+            encoding.depth_token(total, target)

@@ -18,7 +18,23 @@ from scjax.types import CellBatch
 
 GENES, SLOTS = 60, 48
 TINY = {
+    "celllm": {"d_model": 16, "n_heads": 2, "d_head": 8, "n_layers": 2, "d_ff": 32, "max_length": 25},
     "geneformer": {"d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 32, "max_length": 64},
+    "scbert": {"d_model": 16, "n_heads": 2, "d_head": 8, "n_layers": 2, "d_ff": 32},
+    "scfoundation": {
+        "d_model": 16,
+        "n_heads": 2,
+        "n_layers": 2,
+        "d_ff": 32,
+        "encoder_length": 25,
+        "decoder_d_model": 16,
+        "decoder_n_heads": 2,
+        "decoder_d_head": 8,
+        "decoder_n_layers": 2,
+        "decoder_d_ff": 32,
+        "zero_mask_fraction": 0.2,
+        "thinning_min_depth": 50.0,
+    },
     "scgpt": {"d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 32, "max_length": 33},
     "test_models:MeanModel": {},
 }

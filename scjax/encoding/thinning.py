@@ -1,4 +1,4 @@
-"""Depth thinning: the same cell, sequenced less deeply.
+"""Depth: the same cell sequenced less deeply, and the token that says how deeply.
 
 Keeping each molecule by itself with probability ``rate`` turns a count c into Binomial(c, rate). Every draw
 is keyed by (key, row, gene), so that it follows the cell and the gene wherever they sit.
@@ -7,6 +7,7 @@ is keyed by (key, row, gene), so that it follows the cell and the gene wherever 
 from __future__ import annotations
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +46,33 @@ def thinning_rate(
 
     Source: Hao et al., Nature Methods 2024, read-depth-aware pretraining.
     """
-    coin = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 0)))(keys)
-    share = jax.vmap(lambda k: jax.random.beta(jax.random.fold_in(k, 1), *beta))(keys)
+    # far from the numbers that thin_counts folds in: both may be given the same keys
+    coin = jax.vmap(jax.random.uniform)(_fold(keys, 2**31))
+    share = jax.vmap(lambda key: jax.random.beta(key, *beta))(_fold(keys, 2**31 + 1))
     return jnp.where((coin < probability) & (depth > min_depth), share, 1.0)
+
+
+def depth_token(total: Array, target: str = "same") -> Array:
+    """How deeply a cell is, or shall be thought to be, sequenced: log10 of its counts.
+
+    Args:
+      total: float32 [B], counts of the cells; below 1 they are taken for 1.
+      target: "same", as they are; "tX", 10**X counts in every cell; "fX", X times those of the cell;
+        "aX", 10**X times those of the cell. X is a positive number, "f5" or "t4.5".
+
+    Raises:
+      ValueError: another target.
+    """
+    found = re.fullmatch(r"same|([tfa])(\d+(?:\.\d+)?)", target)
+    if not found or (found[1] == "f" and not float(found[2])):
+        raise ValueError(f'target is "same", "tX", "fX" or "aX" with a number X, not {target!r}')
+    source = jnp.log10(jnp.maximum(total, 1.0))
+    if not found[1]:
+        return source
+    number = float(found[2])
+    if found[1] == "t":
+        return jnp.full_like(source, number)
+    return source + (number if found[1] == "a" else math.log10(number))
 
 
 def thin_counts(count: Array, rate: Array, keys: Array, gene_id: Array) -> Array:

@@ -23,7 +23,10 @@ from scjax.config import from_config, nearest
 from scjax.nn.module import Abstract, abstract
 
 SYSTEMS = {
+    "celllm": ("scjax.models.celllm", "CellLM", "CellLMConfig"),
     "geneformer": ("scjax.models.geneformer", "Geneformer", "GeneformerConfig"),
+    "scbert": ("scjax.models.scbert", "ScBERT", "ScBERTConfig"),
+    "scfoundation": ("scjax.models.scfoundation", "ScFoundation", "ScFoundationConfig"),
     "scgpt": ("scjax.models.scgpt", "ScGPT", "ScGPTConfig"),
 }
 
