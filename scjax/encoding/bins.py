@@ -9,29 +9,26 @@ from jax import Array
 from scjax.encoding.random import gene_uniform
 
 
-def log2_bins(gene_id: Array, count: Array, *, n_bins: int = 6, target: float = 1e4) -> Array:
+def log2_bins(count: Array, total: Array, *, n_bins: int = 6, target: float = 1e4) -> Array:
     """floor(min(log2(1 + counts per ``target``), n_bins - 1)).
 
-    The library size is that of the genes at hand, as in the originals, which align a cell to the model's
-    genes before they normalise it; not the depth of the whole cell. With six bins the tokens 0 .. 5 stand
-    for normalised counts in [0, 1), [1, 3), [3, 7), [7, 15), [15, 31) and from 31 on.
-
-    The logarithm is never taken: a bin is the number of thresholds 2^k - 1 that are reached, so that a
-    value on a threshold falls as exact arithmetic has it.
+    With six bins the tokens 0 .. 5 stand for normalised counts in [0, 1), [1, 3), [3, 7), [7, 15), [15, 31)
+    and from 31 on. The logarithm is never taken: a bin is the number of thresholds 2^k - 1 that are reached,
+    so that a value on a threshold falls as exact arithmetic has it.
 
     Args:
-      gene_id: int32 [B, L]; -1 where padded.
-      count: float32 [B, L], raw counts.
+      count: float32 [B, L], raw counts; 0 where padded.
+      total: float32 [B], library size of the cell. The originals align a cell to the model's genes before
+        they normalise it, so that theirs is the sum over those.
       n_bins: number of bins.
       target: library size after normalisation.
 
     Returns:
-      int32 [B, L]; 0 where padded.
+      int32 [B, L].
 
     Source: Yang et al., Nature Machine Intelligence 2022, Methods, "Expression embedding".
     """
-    count = jnp.where(gene_id >= 0, count, 0.0)
-    total = jnp.maximum(count.sum(-1, keepdims=True), 1.0)
+    total = jnp.maximum(total, 1.0)[:, None]
     reached = [count * target >= (2.0**k - 1) * total for k in range(1, n_bins)]
     return sum((r.astype(jnp.int32) for r in reached), jnp.zeros(count.shape, jnp.int32))
 
