@@ -1,8 +1,8 @@
 """Geneformer's checkpoints (Hugging Face BERT) in and out.
 
-A published folder holds ``config.json`` and ``model.safetensors`` (or ``pytorch_model.bin``). Which row of the
-table is which gene stands in a dictionary apart, ``token_dictionary*``, and what counts are divided by in
-``gene_median_dictionary*``: pickles or JSON, which Geneformer's repository keeps in ``geneformer/`` and
+A published folder holds ``config.json`` and ``model.safetensors`` (or ``pytorch_model.bin``). Which row of
+the table is which gene stands in a dictionary apart, ``token_dictionary*``, and what counts are divided by
+in ``gene_median_dictionary*``: pickles or JSON, which Geneformer's repository keeps in ``geneformer/`` and
 ``geneformer/gene_dictionaries_30m/`` beside the models.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from scjax.genes import Vocabulary
-from scjax.interop.files import read_dictionary, read_tensors
+from scjax.interop.files import read_dictionary, read_json, read_tensors
 from scjax.interop.mapping import Rule, attention_out, dense, export_tensors, norm, one, qkv, rows
 from scjax.interop.source import Source
 from scjax.models.geneformer import EPSILON, SPECIALS
@@ -58,7 +58,7 @@ def read(
         raise FileNotFoundError(
             f"{folder}: no config.json; a Geneformer folder has it beside {' or '.join(WEIGHTS)}"
         )
-    theirs = json.loads(about.read_text(encoding="utf-8"))
+    theirs = read_json(about)
     _check_architecture(theirs, about)
     size = int(theirs["vocab_size"])
 
@@ -72,8 +72,9 @@ def read(
         gene_medians,
         lambda d: None if set(d) & set(genes) else "none of its genes is in the token dictionary",
         "what the counts of a gene are divided by",
+        token_file,
     )
-    names, _ = _dictionary(folder, "gene_name_id_dict", gene_names, lambda d: None, "")
+    names, _ = _dictionary(folder, "gene_name_id_dict", gene_names, lambda d: None, "", token_file)
     specials = [name for name in SPECIALS if name in tokens]
     median = np.array([medians.get(gene, 0.0) for gene in genes], np.float32)
 
@@ -95,17 +96,14 @@ def read(
         "max_length": theirs["max_position_embeddings"],
         "specials": "<cls>" in tokens,
     }
-    buffers: dict[str, Any] = {"median": median}
     if "classifier.weight" in tensors:
         cell = "bert.pooler.dense.weight" in tensors
         config |= {"n_outputs": len(tensors["classifier.weight"]), "head": "cell" if cell else "gene"}
-    else:
-        buffers["token_count"] = np.zeros(size, np.float32)
     notes = [f"tokens: {token_file}", f"medians: {median_file}"]
     unranked = int((median <= 0).sum())
     if unranked:
         notes.append(f"{unranked:,} genes have no median: they get no rank and no model reads them")
-    return Source("geneformer", config, _vocabulary(genes, names), tensors, buffers, notes)
+    return Source("geneformer", config, _vocabulary(genes, names), tensors, {"median": median}, notes)
 
 
 def _check_architecture(theirs: Mapping[str, Any], where: pathlib.Path) -> None:
@@ -142,10 +140,12 @@ def _dictionary(
     given: str | pathlib.Path | None,
     wrong: Callable[[dict[Any, Any]], str | None],
     purpose: str,
+    sibling: pathlib.Path | None = None,
 ) -> tuple[dict[Any, Any], pathlib.Path | None]:
     """The dictionary that was given, or the first beside the weights in which nothing is wrong.
 
-    Without a ``purpose`` it may be missing.
+    That of the same name as ``sibling`` but for its stem comes first: the dictionaries of V1 and of V2 lie
+    near one another and share most genes. Without a ``purpose`` the dictionary may be missing.
     """
     if given is not None:
         found = read_dictionary(given)
@@ -155,8 +155,12 @@ def _dictionary(
         return found, pathlib.Path(given)
     near = [folder, folder / "geneformer", folder.parent, folder.parent / "geneformer"]
     places = [place for one in near for place in (one, one / "gene_dictionaries_30m")]
+    files = [f for p in places for kind in ("json", "pkl") for f in sorted(p.glob(f"{stem}*.{kind}"))]
+    if sibling is not None:
+        first = sibling.with_name(sibling.name.replace("token_dictionary", stem))
+        files = [first] * (first != sibling and first.is_file()) + files
     problems = []
-    for file in [f for p in places for kind in ("json", "pkl") for f in sorted(p.glob(f"{stem}*.{kind}"))]:
+    for file in files:
         found = read_dictionary(file)
         problem = wrong(found)
         if problem is None:
@@ -169,7 +173,7 @@ def _dictionary(
         raise ValueError(f"no {stem} here belongs to {folder}: {'; '.join(problems)}")
     raise FileNotFoundError(
         f"{folder}: the weights do not say {purpose}; that stands in {stem}_gc30M.pkl (V1) or "
-        f"{stem}_gc104M.pkl (V2) of Geneformer's repository. Put it beside the weights or give {argument}=FILE"
+        f"{stem}_gc104M.pkl (V2) of Geneformer's repository: put it beside them or give {argument}=FILE"
     )
 
 

@@ -251,15 +251,22 @@ class Geneformer(nnx.Module):
             raise ValueError("a Geneformer with n_outputs classifies; only one without it is pretrained")
         encode_key, drop_key = jax.random.split(key)
         tokens = self.encode(batch, encode_key)
-        x = self(tokens, None if self.deterministic else row_keys(drop_key, batch.row))
-        x = self.transformed(jnp.take_along_axis(x, tokens.position[..., None], axis=1))
+        keys = None if self.deterministic else row_keys(drop_key, batch.row)
         mask = tokens.hidden * batch.weight[:, None]
-        total, correct = linear_cross_entropy(x, self.table(), self.bias[...], tokens.target, mask)
+        total, correct = self.cross_entropy(tokens, mask, keys)
         weight = mask.sum()
         frequency = -(mask * self.log_frequency()[tokens.target]).sum()
         self._update_token_count(self.sequence(batch), batch.weight)
         metrics = {"masked_ce": total, "frequency_ce": frequency, "accuracy": correct}
         return total, weight, {name: (value, weight) for name, value in metrics.items()}
+
+    def cross_entropy(self, tokens: Tokens, mask: Array, keys: Array | None = None) -> tuple[Array, Array]:
+        """``(sum, correct)``: the cross-entropy of the hidden tokens and how many score highest, each
+        weighted by ``mask`` float32 [B, M]. The output head is run at their places only."""
+        x = jnp.take_along_axis(self(tokens, keys), tokens.position[..., None], axis=1)
+        return linear_cross_entropy(
+            self.transformed(x), self.table(), self.bias[...], tokens.target, mask, None
+        )
 
     def log_frequency(self) -> Array:
         """float32 [V]: log of the share of each token in the batches seen so far, each token once more."""
