@@ -119,15 +119,19 @@ def embed(system):
 
 @pytest.fixture(scope="module")
 def loss(system):
-    """batch -> (loss per weight, metric values), dropout as in training."""
+    """batch -> (sums and weights by objective, metric values), dropout as in training."""
     model, state = system
 
     def run(batch, key):
         total, weight, metrics = bind(model, state["params"], state["buffers"]).loss(batch, key)
-        return total, weight, metrics
+        return by_objective(total), by_objective(weight), metrics
 
     jitted = jax.jit(run)
     return lambda batch, seed=0: jax.tree.map(float, jitted(batch, jax.random.key(seed)))
+
+
+def by_objective(value):
+    return value if isinstance(value, dict) else {"loss": value}
 
 
 def take(batch: CellBatch, rows) -> CellBatch:
@@ -166,12 +170,15 @@ class TestInvariance:
         np.testing.assert_allclose(embed(shuffled), embed(batch), atol=2e-6)
 
     def test_loss_of_a_cell(self, loss):
-        """Masks, bins and dropout follow the cell: the loss of a batch is the sum over its cells."""
+        """Masks, bins and dropout follow the cell: the loss of a batch is the sum over its cells.
+
+        But for a contrast, which is between the cells of a batch."""
         batch = batch_of()
         total, weight, _ = loss(batch)
         apart = [loss(take(batch, [i])) for i in range(6)]
-        np.testing.assert_allclose(sum(a[0] for a in apart), total, rtol=1e-5)
-        assert sum(a[1] for a in apart) == weight
+        for name in set(total) - {"contrast"}:
+            np.testing.assert_allclose(sum(a[0][name] for a in apart), total[name], rtol=1e-5)
+            assert sum(a[1][name] for a in apart) == weight[name]
         order = np.random.default_rng(1).permutation(SLOTS)
         shuffled = batch.replace(gene_id=batch.gene_id[:, order], count=batch.count[:, order])
         assert loss(shuffled)[1] == weight
@@ -181,7 +188,8 @@ class TestInvariance:
         filled = jax.tree.map(lambda a: np.concatenate([a, a[:2]]), batch)
         filled = filled.replace(weight=np.r_[np.ones(6), 0, 0].astype(np.float32))
         a, b = loss(batch), loss(filled)
-        np.testing.assert_allclose(b[0], a[0], rtol=1e-5)
+        for name in a[0]:
+            np.testing.assert_allclose(b[0][name], a[0][name], rtol=1e-5)
         assert b[1] == a[1]
         for name in a[2]:
             np.testing.assert_allclose(b[2][name], a[2][name], rtol=1e-5)
@@ -219,7 +227,8 @@ def test_gradients_reach_every_parameter(system):
     model, state = system
 
     def total(params):
-        return bind(model, params, state["buffers"]).loss(batch_of(), jax.random.key(0))[0]
+        loss = bind(model, params, state["buffers"]).loss(batch_of(), jax.random.key(0))[0]
+        return sum(by_objective(loss).values())
 
     gradients = jax.jit(jax.grad(total))(state["params"])
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):

@@ -122,8 +122,8 @@ class CellLMConfig:
             )
         if bool(self.label) != bool(self.tumour_codes):
             raise ValueError(
-                f"label = {self.label!r} and tumour_codes = {self.tumour_codes}: a column of labels and its codes "
-                "that mean a tumour go together"
+                f"label = {self.label!r} and tumour_codes = {self.tumour_codes}: a column of labels goes with "
+                "its codes that mean a tumour"
             )
 
 
@@ -282,26 +282,27 @@ class CellLM(nnx.Module):
         n_views = 2 if c.contrast_weight and not self.deterministic else 1
         n = hidden_capacity(tokens.gene_id.shape[1], c.mask_fraction)
 
-        def part(rows: tuple[Tokens, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-            """``(normalised CLS outputs [b, views, E], (sum, weight) of the masked bins)`` of some cells."""
-            tokens, row, weight = jax.tree.map(lambda x: jnp.repeat(x, n_views, axis=0), rows)
+        mask = tokens.hidden[:, :n] * batch.weight[:, None]
+
+        def part(rows: tuple[Tokens, Array, Array]) -> tuple[Array, Array]:
+            """``(normalised CLS outputs [b, views, E], cross-entropy of the masked bins)`` of some cells."""
+            tokens, row, mask = jax.tree.map(lambda x: jnp.repeat(x, n_views, axis=0), rows)
             keys = None
             if not self.deterministic:
                 view = jnp.arange(row.shape[0], dtype=jnp.uint32) % n_views
                 keys = jax.vmap(jax.random.fold_in)(row_keys(drop_key, row), view)
             cell, genes = self(tokens, keys)
-            masked = masked_cross_entropy(
-                self.predict(genes[:, :n]), tokens.target[:, :n], tokens.hidden[:, :n] * weight[:, None]
-            )
+            masked, _ = masked_cross_entropy(self.predict(genes[:, :n]), tokens.target[:, :n], mask)
             return self.norm(cell).reshape(-1, n_views, c.d_model), masked
 
-        cells, (masked, weight) = divide_and_conquer(part, (tokens, batch.row, batch.weight), c.parts)
-        sums, weights = {"masked": masked}, {"masked": weight}
-        metrics = {"masked_ce": (masked, weight)}
-        gene_id, target = tokens.gene_id[:, :n], tokens.target[:, :n]
-        metrics["frequency_ce"] = frequency_cross_entropy(
-            self.bin_count[...], gene_id, target, tokens.hidden[:, :n] * batch.weight[:, None]
-        )
+        cells, masked = divide_and_conquer(part, (tokens, batch.row, mask), c.parts)
+        sums, weights = {"masked": masked}, {"masked": n_views * mask.sum()}
+        metrics = {
+            "masked_ce": (sums["masked"], weights["masked"]),
+            "frequency_ce": frequency_cross_entropy(
+                self.bin_count[...], tokens.gene_id[:, :n], tokens.target[:, :n], mask
+            ),
+        }
         if c.label:
             metrics["tumour_ce"] = self.discriminate(cells, batch)
             sums["tumour"], weights["tumour"] = metrics["tumour_ce"]
