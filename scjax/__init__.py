@@ -18,6 +18,8 @@ _WHERE = {
     "load": "scjax.api",
     "embed": "scjax.api",
     "annotate": "scjax.api",
+    "import_pretrained": "scjax.api",
+    "export_pretrained": "scjax.api",
 }
 _ROOMS = (
     "api",
@@ -26,6 +28,7 @@ _ROOMS = (
     "encoding",
     "eval",
     "genes",
+    "interop",
     "loader",
     "models",
     "nn",

@@ -143,7 +143,7 @@ class Model:
         Raises:
           ValueError: the system has none of these.
         """
-        gene = getattr(self.module, "gene", None)
+        gene: Any = getattr(self.module, "gene", None)
         if hasattr(self.module, "gene_vectors"):
             table = self.module.gene_vectors()
         elif hasattr(gene, "vectors"):
@@ -172,15 +172,73 @@ def load(path: str | Path, step: int | None = None) -> Model:
     """A model from the directory of its run; needs nothing else.
 
     Args:
-      path: run directory (holds ``model.json``), or one checkpoint in it (``RUN/checkpoints/STEP``).
+      path: run directory (holds ``model.json``), one checkpoint in it (``RUN/checkpoints/STEP``), or a plain
+        export (see :func:`export_pretrained`).
       step: which checkpoint; by default the newest whole one.
 
     Raises:
       FileNotFoundError: no run there, or no such checkpoint; says which there are.
     """
+    from scjax.interop import is_plain, read_plain
     from scjax.train.run import read_model
 
-    return Model(**read_model(Path(path), step))
+    return Model(**(read_plain(path) if is_plain(path) else read_model(Path(path), step)))
+
+
+def import_pretrained(
+    system: str,
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    verbose: bool = False,
+    **dictionaries: Any,
+) -> Model:
+    """A published checkpoint as a model of scjax. Nothing in the files is ever executed.
+
+    Args:
+      system: "scgpt", "geneformer", "scfoundation", "scbert" or "celllm".
+      path: the file or directory as it is published: scGPT's folder (args.json, vocab.json, best_model.pt),
+        Geneformer's (config.json, model.safetensors), scFoundation's models.ckpt, a .pth of scBERT or CellLM.
+      out: run directory to write, new or empty, which :func:`load` then reads; None for none.
+      verbose: print what became of every tensor.
+      **dictionaries: files that the weights do not come with and that say which row is which gene:
+        ``token_dictionary``, ``gene_medians`` and ``gene_names`` for Geneformer, ``genes`` for scFoundation,
+        scBERT and CellLM; and ``which`` of the models in a file (scFoundation: "cell", "rde" or "gene").
+
+    Raises:
+      ValueError: a file that cannot be read or is refused, a tensor or a vocabulary that does not fit (names
+        it). Nothing is then written.
+      FileNotFoundError, FileExistsError, ImportError: no such file; ``out`` holds something; a package to
+        read the file is missing.
+    """
+    from scjax import interop
+
+    imported = interop.import_pretrained(system, path, out, **dictionaries)
+    if verbose:
+        from rich.console import Console
+
+        Console().print(
+            imported.account.table(f"{system} from {path}"), *imported.notes, sep="\n", markup=False
+        )
+    return Model(**imported.model)
+
+
+def export_pretrained(model: Model | str | Path, out: str | Path, *, format: str = "plain") -> None:
+    """Writes a model for other tools, as safetensors and JSON.
+
+    Args:
+      model: what :func:`load` returned, or a path for it.
+      out: directory to write, new or empty.
+      format: "plain" (any system; :func:`load` reads it too), or "scgpt" or "geneformer", the original layout
+        that the tools of these read.
+
+    Raises:
+      ValueError: no such format, or not one of this model.
+      FileExistsError, ImportError: ``out`` holds something; safetensors is missing.
+    """
+    from scjax import interop
+
+    interop.export_pretrained(_model(model), out, format)
 
 
 def _model(model: Model | str | Path) -> Model:

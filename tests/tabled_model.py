@@ -31,4 +31,5 @@ class Tabled(Tiny):
 
     def encode(self, batch, key):
         median = self.median[...][jnp.maximum(batch.gene_id, 0)]
-        return super().encode(batch.replace(count=batch.count / median), key)
+        count = batch.count / jnp.where(median > 0, median, 1.0)
+        return super().encode(batch.replace(count=count), key)

@@ -220,6 +220,31 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+# ------------------------------------------------------- other people's checkpoints
+def import_(args: argparse.Namespace) -> int:
+    from scjax import api
+
+    names = ("token_dictionary", "gene_medians", "gene_names", "genes", "which")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    model = api.import_pretrained(args.system, args.path, args.out, verbose=True, **given)
+    out.print(
+        f"{args.system}: {model.n_parameters:,} parameters, {len(model.vocabulary):,} genes in {args.out}; "
+        f"next: scjax embed IN.h5ad --model {args.out} --out OUT.h5ad",
+        highlight=False,
+        markup=False,
+    )
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    from scjax import api
+
+    api.export_pretrained(args.run_directory, args.out, format=args.format)
+    written = ", ".join(sorted(p.name for p in Path(args.out).iterdir()))
+    out.print(f"{args.out}: {written}", highlight=False, markup=False)
+    return 0
+
+
 def _refuse_existing(path: str, force: bool) -> None:
     if os.path.exists(path) and not force:
         raise ValueError(f"{path} exists; name another --out or add --force to replace it")
@@ -348,6 +373,28 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--title", default=None)
     command.add_argument("--seed", type=int, default=0)
     _add_reading(command)
+
+    command = commands.add_parser("import", help="a published checkpoint to a run directory")
+    command.set_defaults(run=import_)
+    command.add_argument("system", metavar="SYSTEM", help="scgpt, geneformer, scfoundation, scbert, celllm")
+    command.add_argument("path", metavar="PATH", help="the file or directory as it is published")
+    command.add_argument("--out", required=True, metavar="DIR")
+    for name, text in (
+        ("token-dictionary", "gene to token, JSON or a plain pickle (Geneformer)"),
+        ("gene-medians", "gene to median, JSON or a plain pickle (Geneformer)"),
+        ("gene-names", "symbol to gene, JSON or a plain pickle (Geneformer)"),
+        ("genes", "the model's genes in their order (scFoundation, scBERT, CellLM)"),
+    ):
+        command.add_argument(f"--{name}", metavar="FILE", help=text)
+    command.add_argument("--which", metavar="NAME", help="one of the models in the file (scFoundation)")
+
+    command = commands.add_parser("export", help="a run to safetensors and JSON for other tools")
+    command.set_defaults(run=export)
+    command.add_argument("run_directory", metavar="RUN")
+    command.add_argument("--out", required=True, metavar="DIR")
+    command.add_argument(
+        "--format", default="plain", help="plain (default), or the original layout: scgpt, geneformer"
+    )
 
     room = commands.add_parser("config", help="look at a config file without data or devices")
     config = room.add_subparsers(metavar="COMMAND", required=True)

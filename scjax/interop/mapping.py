@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import rich.table
+import rich.text
 
 Tree = dict[str, Any]
 Transform = Callable[[np.ndarray], np.ndarray]
@@ -125,6 +127,48 @@ class Account:
     ignored: dict[str, str]
     missing: dict[str, tuple[str, ...]]
 
+    def table(self, title: str = "") -> rich.table.Table:
+        """To print with rich: a line a variable of ours, then one a tensor that is not needed, with why, then
+        what is missing. Layers are written together, "layers.{0..11}.linear1.weight"."""
+        table = rich.table.Table(title=title or None, title_justify="left")
+        for name in ("in the checkpoint", "tensors", "in the model"):
+            table.add_column(name, justify="right" if name == "tensors" else "left", overflow="fold")
+
+        def add(groups: Mapping[str, Sequence[str]], style: str | None = None) -> None:
+            for what, names in groups.items():
+                text = [rich.text.Text(t) for t in ("\n".join(together(names)), str(len(names)), what)]
+                table.add_row(*text, style=style)
+            table.add_section()
+
+        add(_by_value(self.used))
+        add({f"not needed: {why}": names for why, names in _by_value(self.ignored).items()}, "dim")
+        add({f"{path}: MISSING": names for path, names in self.missing.items()}, "bold red")
+        table.caption = f"{len(self.used)} used, {len(self.ignored)} not needed, {len(self.missing)} missing"
+        return table
+
+
+def _by_value(entries: Mapping[str, str]) -> dict[str, list[str]]:
+    out: dict[str, list[str]] = {}
+    for name, value in entries.items():
+        out.setdefault(value, []).append(name)
+    return out
+
+
+def together(names: Sequence[str]) -> list[str]:
+    """Names that differ in the number of their layer as one: "layers.{0..11}.norm1.weight"."""
+    numbers: dict[str, list[int]] = {}
+    for name in names:
+        found = re.search(r"(?<=\.)\d+(?=\.)", name)
+        key = f"{name[: found.start()]}{{}}{name[found.end() :]}" if found else name
+        numbers.setdefault(key, []).extend([int(found[0])] if found else [])
+    out = []
+    for key, layers in numbers.items():
+        span = f"{{{min(layers)}..{max(layers)}}}" if len(layers) > 1 else "".join(map(str, layers))
+        if len(layers) > 1 and sorted(layers) != list(range(min(layers), max(layers) + 1)):
+            span = f"{{{','.join(map(str, sorted(layers)))}}}"
+        out.append(key.replace("{}", span, 1))
+    return out
+
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
@@ -169,11 +213,16 @@ def import_tensors(
         neither used nor known to be unneeded, or a variable gets no value.
     """
     wanted, left = flatten(shapes), dict(tensors)
-    out: dict[str, np.ndarray] = {
-        path: np.broadcast_to(np.asarray(value, wanted[path].dtype), wanted[path].shape)
-        for path, value in (fill or {}).items()
-        if path in wanted
-    }
+    out: dict[str, np.ndarray] = {}
+    for path, value in (fill or {}).items():
+        if path in wanted:
+            filling = np.asarray(value, wanted[path].dtype)
+            if filling.ndim and filling.shape != wanted[path].shape:
+                raise ValueError(
+                    f"the value of {path} has the shape {list(filling.shape)}, that of the model is "
+                    f"{list(wanted[path].shape)}"
+                )
+            out[path] = np.broadcast_to(filling, wanted[path].shape)
     used: dict[str, str] = {}
     missing: dict[str, tuple[str, ...]] = {}
     for rule in rules:
@@ -185,6 +234,8 @@ def import_tensors(
         absent = [name for names in named for name in names if name not in tensors]
         if absent:
             missing[rule.ours] = tuple(absent)
+            for name in {name for names in named for name in names}:
+                left.pop(name, None)  # those that are there are not superfluous
             continue
         values = []
         for names in named:
@@ -211,14 +262,24 @@ def import_tensors(
                 why[name] = reason
                 break
     account = Account(used, why, missing)
-    unknown = sorted(set(left) - set(why))
+    problems = []
+    unknown = [name for name in left if name not in why]
     if unknown:
-        raise ValueError(f"{len(unknown)} tensors of the checkpoint have no place: {', '.join(unknown[:8])}")
-    empty = sorted(set(wanted) - set(out))
+        shown = [f"{name} {list(np.shape(tensors[name]))}" for name in unknown[:8]]
+        problems.append(f"{len(unknown)} tensors of the checkpoint have no place: {_listed(shown, unknown)}")
+    empty = [path for path in wanted if path not in out]
     if empty:
-        told = [f"{path} (from {', '.join(missing.get(path, ('no rule',))[:3])})" for path in empty[:5]]
-        raise ValueError(f"{len(empty)} variables of the model are not in the checkpoint: {'; '.join(told)}")
-    return nest(out), account
+        shown = [f"{path} (from {', '.join(missing.get(path, ('no rule',))[:3])})" for path in empty[:5]]
+        problems.append(
+            f"{len(empty)} variables of the model are not in the checkpoint: {_listed(shown, empty)}"
+        )
+    if problems:
+        raise ValueError(". ".join(problems))
+    return nest({path: out[path] for path in wanted}), account
+
+
+def _listed(shown: Sequence[str], of: Sequence[str]) -> str:
+    return "; ".join(shown) + (f"; and {len(of) - len(shown)} more" if len(of) > len(shown) else "")
 
 
 def export_tensors(rules: Sequence[Rule], variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -228,5 +289,5 @@ def export_tensors(rules: Sequence[Rule], variables: Mapping[str, Any]) -> dict[
         value = np.asarray(ours[rule.ours])
         for i, layer in enumerate(value if rule.stacked else value[None]):
             for name, tensor in zip(rule.theirs, rule.to_theirs(layer), strict=True):
-                out[name.replace("{i}", str(i))] = np.ascontiguousarray(tensor)
+                out[name.replace("{i}", str(i))] = np.asarray(tensor, order="C")
     return out

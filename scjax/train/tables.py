@@ -2,7 +2,7 @@
 
 A model says what it needs by a static method ``tables(config) -> {name: kind}``:
 
-"median"   buffer ``<name>`` [n_genes], positive; 1 for a gene that has none
+"median"   buffer ``<name>`` [n_genes], positive; 0 for a gene that has none
 "vectors"  the buffers ``<name>/table`` [n_genes, dim] and ``<name>/known`` [n_genes] of a
            :class:`scjax.nn.embedder.GeneEmbedder`
 
@@ -90,7 +90,7 @@ def gene_tables(
                 matched = _corpus_medians(corpus, vocabulary)
             else:
                 matched = match_values(read_medians(source), vocabulary)
-            filled = {name: np.where(matched.known, matched.values, 1.0)}
+            filled = {name: matched.values}
         elif kind == "vectors":
             source = given.get(name, "")
             if source in ("", CORPUS):
