@@ -23,7 +23,7 @@ class PooledHead(nnx.Module):
     """
 
     def __init__(self, d_model: int, d_hidden: int, n_outputs: int, *, rngs: nnx.Rngs):
-        self.norm = DomainBatchNorm(d_model, 1, epsilon=1e-6)
+        self.norm = DomainBatchNorm(d_model, 1, affine=False, epsilon=1e-6)
         self.hidden = linear(d_model, d_hidden, ("embed", "mlp"), rngs=rngs)
         self.out = linear(d_hidden, n_outputs, ("mlp", None), rngs=rngs)
 

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from performer_pytorch import Performer
 from torch import nn
+
+with warnings.catch_warnings():  # of distutils, deprecated since this package was written
+    warnings.simplefilter("ignore")
+    from performer_pytorch import Performer
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden" / "scfoundation.npz"
 SMALL = {
