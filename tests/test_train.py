@@ -91,9 +91,33 @@ def test_schedules():
     np.testing.assert_allclose(at("cosine", steps=(0, 10), warmup=0, end=0.0), [2.0, 0.0], atol=1e-7)
 
 
+def test_cosine_restarts_by_hand():
+    """Cycles of 5, 8 and 14 steps, two of warm-up in each; lowest rate 0.2, highest 1, 0.5, 0.25."""
+    config = OptimizerConfig(
+        1.0,
+        warmup_steps=2,
+        schedule="cosine_restarts",
+        end_factor=0.2,
+        cycle_steps=5,
+        cycle_growth=2.0,
+        cycle_decay=0.5,
+    )
+    expected = {0: 0.2, 1: 0.6, 2: 1.0, 3: 0.8, 4: 0.4}  # cos 60 and 120 degrees: 3/4, 1/4 of the way
+    expected |= {5: 0.2, 6: 0.35, 7: 0.5, 10: 0.35, 12: 0.2 + 0.3 * (1 + np.cos(np.pi * 5 / 6)) / 2}
+    expected |= {13: 0.2, 14: 0.225, 15: 0.25, 21: 0.225, 27: 0.2}
+    schedule = make_schedule(config, 27)
+    for step, rate in expected.items():
+        np.testing.assert_allclose(schedule(step), rate, rtol=1e-6, err_msg=str(step))
+
+
 @pytest.mark.parametrize(
     "fields, told",
     [
+        ({"learning_rate": 1.0, "schedule": "cosine_restarts"}, "cycle_steps is 0"),
+        (
+            {"learning_rate": 1.0, "schedule": "cosine_restarts", "cycle_steps": 9, "cycle_growth": 0.5},
+            "cycle_growth is at least 1",
+        ),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"learning_rate": 1.0, "clip_norm": 0.0}, "clip_norm is 0.0"),

@@ -122,8 +122,8 @@ class CellLMConfig:
             )
         if bool(self.label) != bool(self.tumour_codes):
             raise ValueError(
-                f"label = {self.label!r} and tumour_codes = {self.tumour_codes}: a column of labels goes with "
-                "its codes that mean a tumour"
+                f"label = {self.label!r} and tumour_codes = {self.tumour_codes}: a column of labels goes "
+                "with its codes that mean a tumour"
             )
 
 

@@ -24,9 +24,14 @@ class OptimizerConfig:
     Attributes:
       learning_rate: at the end of the warm-up.
       warmup_steps: steps of linear warm-up; the first step already moves, by learning_rate / warmup_steps.
-      schedule: decay from the end of the warm-up to the last step.
-      end_factor: learning rate after the last step, as a fraction of ``learning_rate``; not used by
-        "constant".
+      schedule: decay from the end of the warm-up to the last step. "cosine_restarts", as published for
+        scBERT, starts again and again: in each cycle the rate rises linearly over ``warmup_steps`` from the
+        lowest to the cycle's highest, then falls by half a cosine to the lowest.
+      end_factor: learning rate after the last step, and the lowest of "cosine_restarts", as a fraction of
+        ``learning_rate``; not used by "constant".
+      cycle_steps: length of the first cycle of "cosine_restarts", its warm-up included.
+      cycle_growth: the part of a cycle after its warm-up is so many times as long as in the cycle before.
+      cycle_decay: the highest rate of a cycle, as a fraction of that of the cycle before.
       weight_decay: of the parameters that :func:`decay_mask` selects.
       clip_norm: largest global norm of the gradient; None for no clipping.
       b1, b2, eps: of Adam.
@@ -34,8 +39,11 @@ class OptimizerConfig:
 
     learning_rate: float
     warmup_steps: int = 0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "cosine_restarts"] = "cosine"
     end_factor: float = 0.0
+    cycle_steps: int = 0
+    cycle_growth: float = 1.0
+    cycle_decay: float = 1.0
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
     b1: float = 0.9
@@ -53,6 +61,14 @@ class OptimizerConfig:
             raise ConfigError(
                 f"optimizer.clip_norm is {self.clip_norm}; give a positive norm, or None for none"
             )
+        if self.schedule == "cosine_restarts":
+            if self.cycle_steps <= self.warmup_steps:
+                raise ConfigError(
+                    f"optimizer.cycle_steps is {self.cycle_steps}; a cycle must be longer than its warm-up, "
+                    f"{self.warmup_steps} steps"
+                )
+            if self.cycle_growth < 1 or not 0 < self.cycle_decay <= 1:
+                raise ConfigError("optimizer: cycle_growth is at least 1, cycle_decay in (0, 1]")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
@@ -61,6 +77,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
     Raises:
       ConfigError: the warm-up is not shorter than the run.
     """
+    if config.schedule == "cosine_restarts":
+        return _cosine_restarts(config, steps)
     warmup = config.warmup_steps
     if warmup and warmup >= steps:
         raise ConfigError(f"optimizer.warmup_steps is {warmup}; it must be less than train.steps, {steps}")
@@ -75,6 +93,26 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
             left = 1 - progress if config.schedule == "linear" else (1 + jnp.cos(jnp.pi * progress)) / 2
             falling = config.end_factor + (1 - config.end_factor) * left
         return config.learning_rate * rising * falling
+
+    return schedule
+
+
+def _cosine_restarts(config: OptimizerConfig, steps: int) -> Schedule:
+    """Loshchilov and Hutter, SGDR, ICLR 2017, with a warm-up in each cycle."""
+    warmup = config.warmup_steps
+    starts, falls = [0], [config.cycle_steps - warmup]
+    while starts[-1] <= steps:
+        starts.append(starts[-1] + warmup + falls[-1])
+        falls.append(int(falls[-1] * config.cycle_growth))
+    lowest = config.learning_rate * config.end_factor
+
+    def schedule(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        cycle = jnp.searchsorted(jnp.asarray(starts, jnp.float32), step, side="right") - 1
+        since = step - jnp.asarray(starts, jnp.float32)[cycle]
+        progress = (since - warmup) / jnp.asarray(falls, jnp.float32)[cycle]
+        share = jnp.where(since < warmup, since / max(warmup, 1), (1 + jnp.cos(jnp.pi * progress)) / 2)
+        return lowest + (config.learning_rate * config.cycle_decay**cycle - lowest) * share
 
     return schedule
 
