@@ -1,4 +1,4 @@
-"""Writes constraints.txt from ``pip freeze`` of a Python 3.11 and a Python 3.12 environment.
+"""Writes constraints.txt from ``pip freeze`` of a Python 3.11 and a Python 3.12 environment with [dev,parity].
 
 python3.11 -m pip freeze --exclude-editable > a.txt
 python3.12 -m pip freeze --exclude-editable > b.txt
@@ -14,9 +14,18 @@ HEADER = """\
 # Made by tools/pin.py; the older column is for Python 3.11, which JAX 0.11 and AnnData 0.13 left."""
 
 
+# what PyTorch brings for a GPU depends on the machine, and it asks for exact versions itself
+OF_A_GPU = ("nvidia-", "cuda-", "triton")
+
+
 def read(path: str) -> dict[str, str]:
-    pins = (re.match(r"([A-Za-z0-9._-]+)==([^\s;]+)$", line) for line in Path(path).read_text().splitlines())
-    return {m[1].lower().replace("_", "-"): m[2] for m in pins if m}
+    """Name -> version, without the build that a version may name (2.13.0+cpu)."""
+    pins = (
+        re.match(r"([A-Za-z0-9._-]+)==([^\s;+]+)(\+\S+)?$", line)
+        for line in Path(path).read_text().splitlines()
+    )
+    names = {m[1].lower().replace("_", "-"): m[2] for m in pins if m}
+    return {name: version for name, version in names.items() if not name.startswith(OF_A_GPU)}
 
 
 def main(old: str, new: str) -> None:
