@@ -81,15 +81,16 @@ class GeneEmbedder(nnx.Module):
         """float32 [..., d_model] of int32 ids [...], each from 0 to n_genes + n_special - 1."""
         if self.kind == "random":
             return self.embedding[...][ids]
-        gene = jnp.minimum(ids, self.n_genes - 1)
-        vectors = self.table[...][gene]
+        is_gene, gene, table = ids < self.n_genes, jnp.minimum(ids, self.n_genes - 1), self.table[...]
         if self.kind == "frozen":
             if not self.special[...].shape[0]:
-                return vectors
+                return table[gene]
             special = self.special[...][jnp.maximum(ids - self.n_genes, 0)]
-            return jnp.where((ids < self.n_genes)[..., None], vectors, special)
-        known = (ids < self.n_genes) & (self.known[...][gene] > 0)
-        return jnp.where(known[..., None], self.projection(vectors), self.fallback[...][ids])
+            return jnp.where(is_gene[..., None], table[gene], special)
+        known = is_gene & (self.known[...][gene] > 0)
+        # the linear map and the look-up can change places: the smaller of the two is what is mapped
+        vectors = self.projection(table)[gene] if ids.size > self.n_genes else self.projection(table[gene])
+        return jnp.where(known[..., None], vectors, self.fallback[...][ids])
 
     def vectors(self) -> Array:
         """float32 [n_genes, d_model], in the order of the vocabulary."""
