@@ -125,8 +125,10 @@ def _favor(q: Array, k: Array, v: Array, counted: Array, projection_MD: Array, t
 def draw_projection(key: Array, m: int, d: int) -> Array:
     """float32 [m, d]: rows orthogonal within each block of d, of the lengths of Gaussian vectors."""
     directions, lengths = jax.random.split(key)
-    blocks = jax.random.normal(directions, (-(-m // d), d, d))
-    orthogonal = jnp.swapaxes(jnp.linalg.qr(blocks)[0], 1, 2).reshape(-1, d)[:m]
+    blocks, r = jnp.linalg.qr(jax.random.normal(directions, (-(-m // d), d, d)))
+    # the factorisation fixes signs by a rule; without this its rows would lean to one side of the space
+    blocks = blocks * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None]
+    orthogonal = jnp.swapaxes(blocks, 1, 2).reshape(-1, d)[:m]
     return orthogonal * jnp.linalg.norm(jax.random.normal(lengths, (m, d)), axis=1, keepdims=True)
 
 
