@@ -151,6 +151,13 @@ def test_the_data_card_says_what_was_scored(page):
         assert part in page.text, part
 
 
+def test_systems_that_classify_are_set_beside_the_frequencies(results, tmp_path):
+    curves = [{"step": s, "train/masked_ce": 2.0 + 1 / s, "train/frequency_ce": 4.0} for s in range(1, 41)]
+    page = Page(results.report(tmp_path / "r.html", curves=curves).read_text())
+    assert "Predicting from frequencies alone: 4.0000. The model is 49 % below" in page.text
+    assert "Loss curves" in page.images
+
+
 def test_curves_come_from_a_file_too_and_bad_news_is_told(results, tmp_path):
     log = tmp_path / "metrics.jsonl"
     worse = [{"step": s, "masked_mse": 0.2, "gene_mean_mse": 0.16} for s in range(1, 9)]

@@ -99,8 +99,10 @@ def _colour(model_id: str, kind: str) -> str:
 
 
 @_styled
-def curves(series: Mapping[str, tuple[np.ndarray, np.ndarray]], error: str, baseline: str | None) -> str:
-    """Training and validation error over steps, beside the no-information baseline."""
+def curves(
+    series: Mapping[str, tuple[np.ndarray, np.ndarray]], error: str, baseline: str | None, nothing: str
+) -> str:
+    """Training and validation error over steps, beside the no-information baseline, called ``nothing``."""
     figure = _figure(7.6, 3.1)
     axes = figure.subplots()
     shown = 0.0
@@ -111,13 +113,13 @@ def curves(series: Mapping[str, tuple[np.ndarray, np.ndarray]], error: str, base
         elif metric == error:
             axes.plot(step, value, color="#9dbbe0", lw=1.2, label="training error")
         elif metric == baseline and not (split != "validation" and f"validation/{baseline}" in series):
-            axes.plot(step, value, color=INK, lw=1.2, ls=(0, (4, 3)), label="gene means (no information)")
+            axes.plot(step, value, color=INK, lw=1.2, ls=(0, (4, 3)), label=f"{nothing} (no information)")
         else:
             continue
         shown = max(shown, float(np.quantile(value, 0.98)))
     axes.set_ylim(0, shown * 1.15)
     axes.set_xlabel("training step")
-    axes.set_ylabel("mean squared error" if error.endswith("mse") else error)
+    axes.set_ylabel({"masked_mse": "mean squared error", "masked_ce": "cross-entropy"}.get(error, error))
     axes.grid(axis="y", color=RULE, lw=0.6)
     axes.legend(loc="upper right", ncols=3)
     return _svg(figure)

@@ -112,6 +112,10 @@ def _verdict(frame: pd.DataFrame, model: str) -> dict[str, Any]:
     return {"model": model, "lines": lines, "summary": verdict.summary(frame, model)}
 
 
+# error of a model -> that of what knows nothing of the cell, and what that is called
+BASELINES = {"masked_mse": ("gene_mean_mse", "gene means"), "masked_ce": ("frequency_ce", "frequencies")}
+
+
 def _training(curves: Curves) -> dict[str, Any] | None:
     """Loss curves: the picture, and the last error beside that of the no-information baseline."""
     if isinstance(curves, (str, os.PathLike)):
@@ -131,11 +135,11 @@ def _training(curves: Curves) -> dict[str, Any] | None:
         if points:
             series[name] = (np.array([p[0] for p in points]), np.array([p[1] for p in points], float))
     metrics = {name.rpartition("/")[2] for name in series}
-    error = next((m for m in ("masked_mse", "loss") if m in metrics), None)
+    error = next((m for m in (*BASELINES, "loss") if m in metrics), None)
     if error is None:
         return None
-    baseline = "gene_mean_mse" if "gene_mean_mse" in metrics and error == "masked_mse" else None
-    out: dict[str, Any] = {"error": error, "records": len(records)}
+    baseline, nothing = BASELINES.get(error, (None, ""))
+    out: dict[str, Any] = {"error": error, "nothing": nothing, "records": len(records)}
     for split in ("validation", "train", ""):
         prefix = f"{split}/" if split else ""
         if prefix + error in series:
@@ -150,7 +154,7 @@ def _training(curves: Curves) -> dict[str, Any] | None:
                 out["baseline"] = float(series[prefix + baseline][1][-last:].mean())
             break
     if not missing("matplotlib"):
-        out["picture"] = figures.curves(series, error, baseline)
+        out["picture"] = figures.curves(series, error, baseline, nothing)
     return out
 
 
