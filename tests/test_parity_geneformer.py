@@ -77,12 +77,12 @@ class Case:
 
     def hidden_tokens(self):
         """The hidden tokens of their objective as our Tokens, with their weights."""
-        labels = self.found["labels"]
+        shown, labels = self.found["shown"], self.found["labels"]
         position = np.argsort(labels == -100, axis=1, kind="stable")[:, : (labels != -100).sum(1).max()]
         target = np.take_along_axis(labels, position, 1)
         on = target != -100
         target = self.ours(np.where(on, target, 0))
-        return Tokens(self.ours(self.found["shown"]), position, target, on), on.astype(np.float32)
+        return Tokens(self.ours(shown), shown != 0, position, target, on), on.astype(np.float32)
 
 
 @functools.cache
@@ -166,9 +166,12 @@ class TestTraining:
 
         before, after = flatten(case.variables["params"]), flatten(step(case.variables["params"]))
         for path, expected in flatten(case.imported("after/")["params"]).items():
-            moved, due = after[path] - before[path], expected - before[path]
-            assert np.linalg.norm(due) > 0, path
             assert np.linalg.norm(after[path] - expected) < 1e-6 * np.linalg.norm(expected), path
+            moved, due = after[path] - before[path], expected - before[path]
+            if path.endswith(
+                "qkv/bias"
+            ):  # a key's bias shifts all scores of a query alike: its gradient is 0,
+                moved, due = moved[:, [0, 2]], due[:, [0, 2]]  # and Adam's step is made of its rounding
             error = np.linalg.norm(moved - due) / np.linalg.norm(due)
             assert error < 1e-4, (path, error)  # of the step itself, a thousandth of the parameters
 

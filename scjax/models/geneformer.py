@@ -100,15 +100,26 @@ class Tokens:
 
     Attributes:
       token: int32 [B, S], as the network sees them; a gene's id or that of a special token.
+      real: bool [B, S], False where there is only padding.
       position: int32 [B, M], places of the hidden tokens; M is the most that a cell may have.
       target: int32 [B, M], the tokens that were there.
       hidden: bool [B, M], whether a place is in use; those in use come first.
     """
 
     token: Array
+    real: Array
     position: Array
     target: Array
     hidden: Array
+
+
+def places(length: int, fraction: float) -> int:
+    """Room for the hidden tokens of a cell of at most ``length``, each hidden with probability ``fraction``.
+
+    It is their mean plus 4 standard deviations: a cell of that length has more once in 30,000 times.
+    """
+    mean = length * fraction
+    return min(math.ceil(mean + 4 * math.sqrt(mean * (1 - fraction))), length)
 
 
 class Geneformer(nnx.Module):
@@ -184,18 +195,15 @@ class Geneformer(nnx.Module):
     def encode(self, batch: CellBatch, key: Array) -> Tokens:
         """Training tokens; which are hidden and what stands in their place is drawn by (key, row, gene).
 
-        The number of places for hidden tokens is fixed: its mean over cells that fill the batch's length,
-        plus 4 standard deviations. Of a cell with more (one in 30,000, if it fills the length), the
-        surplus stays as it is.
+        Of a cell with more hidden tokens than :func:`places`, the surplus stays as it is.
         """
         c = self.config
         choice, change = (row_keys(k, batch.row) for k in jax.random.split(key))
         token = self.sequence(batch)
         free = token != self.pad if c.maskable_specials else token < self.n_genes
-        n, p = token.shape[1], c.mask_fraction
-        places = min(math.ceil(n * p + 4 * math.sqrt(n * p * (1 - p))), n)
+        p = c.mask_fraction
         uniform = jnp.where(free, gene_uniform(choice, token), 1.0)
-        lowest, position = jax.lax.top_k(-uniform, places)
+        lowest, position = jax.lax.top_k(-uniform, places(token.shape[1], p))
         hidden = -lowest < p
         target = jnp.take_along_axis(token, position, axis=1)
 
@@ -204,20 +212,24 @@ class Geneformer(nnx.Module):
         other = jnp.minimum(((draw - MASKED) * (of / RANDOM)).astype(jnp.int32), of - 1)
         seen = jnp.where(draw < MASKED, self.mask, jnp.where(draw < MASKED + RANDOM, other, token))
         last = jnp.minimum(p, -lowest[:, -1:])  # where a cell has more hidden tokens than there are places
-        token = jnp.where((uniform <= last) & (uniform < p), seen, token)
-        return Tokens(token, position, target, hidden)
+        shown = jnp.where((uniform <= last) & (uniform < p), seen, token)
+        return Tokens(shown, token != self.pad, position, target, hidden)
 
     # --------------------------------------------------------------- network
     def __call__(self, tokens: Tokens, keys: Array | None = None) -> Array:
         """The outputs [B, S, E] of the last layer; ``keys`` [B] are those of dropout, or None."""
-        return self.run(tokens.token, keys)
+        return self.run(tokens.token, tokens.real, keys)
 
-    def run(self, token: Array, keys: Array | None = None, layers: int | None = None) -> Array:
-        """[B, S, E]: the outputs after the first ``layers`` layers (None: all); 0 for the embedding."""
+    def run(
+        self, token: Array, real: Array | None = None, keys: Array | None = None, layers: int | None = None
+    ) -> Array:
+        """[B, S, E]: the outputs after the first ``layers`` layers (None: all); 0 for the embedding. Where
+        ``real`` is not given, ``<pad>`` is padding."""
         c = self.config
         x = self.gene(token) + (self.rank[...][: token.shape[1]] + self.kind[...][0])
         x = dropout(self.norm(x), c.dropout, fold(keys, 0)).astype(jnp.dtype(c.dtype))
-        return self.transformer(x, token != self.pad, keys=fold(keys, 1), layers=layers)
+        real = token != self.pad if real is None else real
+        return self.transformer(x, real, keys=fold(keys, 1), layers=layers)
 
     def table(self) -> Array:
         """float32 [V, E]: the embedding of every token, which is also the output layer."""
