@@ -1,20 +1,18 @@
 """scGPT (Cui et al., Nature Methods 2024): a cell is a bag of (gene, value) tokens under one CLS token.
 
-Encode: each expressed gene's count becomes the quantile bin it has in its cell; at most
-``max_length - 1`` genes are kept. Objective "generative", as the released weights were trained: a share of
-the genes is unknown; the known ones see one another, each unknown one, a gene without a value, sees the
-known and itself. Objective "masked": all see all, and the hidden values are a constant. Network: gene
-embedding + value embedding, a post-norm transformer without positions. Loss: the values of the unknown
-genes, predicted from each gene's own output; from the cell embedding and the gene's name ("MVC"); and,
-"generative", from each gene's output in a second pass that starts from the cell embedding. For fine-tuning
-there are elastic cell similarity, a batch discriminator and batch labels besides.
+Encode: each expressed gene's count becomes the quantile bin it has in its cell; at most ``max_length - 1``
+genes are kept. Objective "generative", as the released weights were trained: some genes are unknown; known
+ones see one another, each unknown one, a gene without a value, sees the known and itself. Objective
+"masked": all see all, and hidden values are a constant. Network: gene embedding + value embedding, a
+post-norm transformer without positions. Loss: the values of the unknown genes, predicted from each gene's own
+output; from the cell embedding and the gene's name ("MVC"); and, "generative", from each gene's output in a
+second pass that starts from the cell embedding.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -28,6 +26,7 @@ from scjax.encoding.values import Tie
 from scjax.nn.attention import Backend
 from scjax.nn.baseline import GeneMean
 from scjax.nn.batchnorm import DomainBatchNorm
+from scjax.nn.branch import switch_loss
 from scjax.nn.decoders import BatchVector, CellHead, PromptDecoder, ValueDecoder
 from scjax.nn.embedder import GeneEmbedder, GeneTable
 from scjax.nn.layers import MLP, Block, Remat, Stack, dropout, fold, layer_norm
@@ -44,7 +43,6 @@ from scjax.types import CellBatch
 MASK_VALUE = -1.0
 PAD_VALUE = -2.0
 MAX_VALUE = 512.0
-Metrics = dict[str, tuple[Array, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +67,7 @@ class ScGPTConfig:
       objective: "generative" or "masked", see above.
       mask_fractions: share of a cell's genes that is unknown. "generative" draws one for all cells of a
         step (evaluation takes the middle one), "masked" one for each cell.
-      project_unknown: also the unknown genes' attention passes the output projection. It does not in the
-        published model.
+      project_unknown: unknown genes' attention passes the output projection too; not so as published.
       second_pass_after: training calls of the loss before the second pass begins; 0 leaves it out.
       mvc_weight: weight of the gene-prompt objective; 0 leaves it out.
       zero_probability: predict also whether a gene is expressed; needs ``zeros``.
@@ -85,9 +82,9 @@ class ScGPTConfig:
       attention: backend, see :func:`scjax.nn.attention.attention`.
       remat: see :class:`scjax.nn.layers.Stack`.
       dtype: "float32" or "bfloat16", of activations; parameters are float32.
-      pool_pads, first_domain, mask_cls, embed_genes: upstream's accidents, for parity alone: padding counts
-        in the mean of "mean"; the first cell's batch and padding count in ``batch_norm``; "masked" may hide
-        the value of CLS; "random" draws the genes of a long cell for its embedding by its row.
+      pool_pads, first_domain, mask_cls, embed_genes: upstream's accidents: padding counts in "mean"; in
+        ``batch_norm`` padding and the first cell's batch do; "masked" may hide the value of CLS; "random"
+        draws the genes of a long cell for its embedding by its row.
     """
 
     d_model: int = 512
@@ -128,9 +125,6 @@ class ScGPTConfig:
     embed_genes: Literal["top", "random"] = "top"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("values", ("binned", "log1p")), ("objective", ("generative", "masked"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is one of {allowed}, not {getattr(self, name)!r}")
         if not self.mask_fractions or not all(0 < f < 1 for f in self.mask_fractions):
             raise ValueError(f"mask_fractions = {self.mask_fractions}: each must lie between 0 and 1")
         if self.max_length < 2:
@@ -142,8 +136,10 @@ class ScGPTConfig:
                 'batch_decoder, dab_weight and batch_norm = "domain" need n_batches, the number of classes '
                 f"of the label {self.batch_label!r}"
             )
-        if self.objective == "generative" and (self.batch_norm != "none" or self.mask_cls):
-            raise ValueError('batch_norm and mask_cls go with objective = "masked"')
+        masked_only = {"batch_norm": "none", "mask_cls": False, "ecs_weight": 0.0, "dab_weight": 0.0}
+        for name, off in masked_only.items():
+            if self.objective == "generative" and getattr(self, name) != off:
+                raise ValueError(f'{name} = {getattr(self, name)!r} goes with objective = "masked" only')
 
 
 @jax.tree_util.register_dataclass
@@ -174,16 +170,13 @@ class ScGPT(nnx.Module):
 
     Args:
       config: hyper-parameters.
-      n_genes: size of the vocabulary. Ids n_genes, n_genes + 1 and n_genes + 2 of the embedding table
-        are ``<pad>``, ``<cls>`` and ``<eoc>``, as upstream appends them.
+      n_genes: size of the vocabulary; the ids after it are ``<pad>``, ``<cls>`` and ``<eoc>``.
     """
 
     def __init__(self, config: ScGPTConfig, n_genes: int, *, rngs: nnx.Rngs):
-        c, d = config, config.d_model
-        dtype = jnp.dtype(c.dtype)
+        c, d, dtype = config, config.d_model, jnp.dtype(config.dtype)
         typed: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        self.config, self.n_genes = config, n_genes
-        self.deterministic = False
+        self.config, self.n_genes, self.deterministic = config, n_genes, False
         uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -0.1, 0.1)  # noqa: E731
         self.gene = GeneEmbedder(n_genes, 3, d, c.gene_table, init=uniform, rngs=rngs)
         self.gene_norm = layer_norm(d, rngs=rngs)
@@ -194,10 +187,10 @@ class ScGPT(nnx.Module):
             self.flag = nnx.Embed(2, d, rngs=rngs, embedding_metadata={"axes": (None, "embed")})
             if c.second_pass_after:
                 self.calls = Buffer(jnp.zeros((), jnp.int32))
-        if c.batch_norm == "domain":
-            self.domain_norm = DomainBatchNorm(d, c.n_batches, affine=False, first_domain=c.first_domain)
-        elif c.batch_norm == "shared":
-            self.domain_norm = DomainBatchNorm(d, 1, affine=True, first_domain=c.first_domain)
+        if c.batch_norm != "none":
+            n, shared = c.n_batches, c.batch_norm == "shared"
+            how = {"affine": shared, "first_domain": c.first_domain}
+            self.domain_norm = DomainBatchNorm(d, 1 if shared else n, **how)
         self.transformer = Stack(
             c.n_layers,
             lambda r: Block(
@@ -266,15 +259,11 @@ class ScGPT(nnx.Module):
         """float [..., E]: LayerNorm of the table's row; id -1 is padding."""
         return self.gene_norm(self.gene(jnp.where(gene_id < 0, self.n_genes, gene_id)))
 
-    def _by_fraction(self, tokens: Tokens, run: Callable[[int], Any]) -> Any:
-        """``run(number of unknown slots)``: for each fraction a branch with shapes of its own."""
-        drawn, length = tokens.fraction, tokens.gene_id.shape[1]
-        if drawn is None:
-            return run(0)
-        rooms = [unknown_room(length, fraction) for fraction in self.config.mask_fractions]
-        if isinstance(drawn, int):
-            return run(rooms[drawn])
-        return jax.lax.switch(drawn, [functools.partial(run, room) for room in rooms])
+    def _rooms(self, tokens: Tokens) -> list[int]:
+        """Number of unknown slots for each of the fractions."""
+        if tokens.fraction is None:
+            return [0]
+        return [unknown_room(tokens.gene_id.shape[1], fraction) for fraction in self.config.mask_fractions]
 
     def _inputs(
         self, tokens: Tokens, unknown: int, keys: Array | None, batch: CellBatch | None, train: bool
@@ -296,7 +285,6 @@ class ScGPT(nnx.Module):
             x = jnp.concatenate([gene[:, :unknown] + self.flag.embedding[...][1], x], axis=1)
         if c.batch_norm != "none":
             domain = jnp.full(x.shape[:1], -1) if batch is None else self._batch_of(batch)
-            domain = domain if c.batch_norm == "domain" else jnp.zeros_like(domain)
             counted = valid if batch is None else valid * batch.weight[:, None]
             x = self.domain_norm(x, counted, domain, train=train)
         return x, gene, valid
@@ -322,10 +310,9 @@ class ScGPT(nnx.Module):
         Args:
           tokens: from :meth:`encode`.
           keys: dropout keys [B], or None.
-          batch: where ``batch_norm`` finds the cells' batches; None for cells of unknown batch.
+          batch: tells ``batch_norm`` the cells' batches; None for cells of unknown batch.
 
-        Returns:
-          ``(cell, genes)``: [B, E], the cell embedding, and [B, N, E].
+        Returns: ``(cell, genes)``: [B, E], the cell embedding, and [B, N, E].
         """
 
         def run(unknown: int) -> tuple[Array, Array]:
@@ -333,7 +320,10 @@ class ScGPT(nnx.Module):
             cell, states = self._transform(x, valid, unknown, fold(keys, 1))
             return cell, jnp.concatenate([states[:, :unknown], states[:, unknown + 1 :]], axis=1)
 
-        return self._by_fraction(tokens, run)
+        rooms = self._rooms(tokens)
+        if isinstance(tokens.fraction, Array):  # shapes follow from the fraction, so each has its own code
+            return jax.lax.switch(tokens.fraction, [functools.partial(run, room) for room in rooms])
+        return run(rooms[tokens.fraction or 0])
 
     # ------------------------------------------------------------- objective
     def _batch_of(self, batch: CellBatch) -> Array:
@@ -341,11 +331,11 @@ class ScGPT(nnx.Module):
         unknown = jnp.full(batch.row.shape, -1, jnp.int32)
         return jnp.asarray(batch.label.get(self.config.batch_label, unknown))
 
-    def loss(self, batch: CellBatch, key: Array) -> tuple[Any, Any, Metrics]:
+    def loss(self, batch: CellBatch, key: Array) -> tuple[Any, Any, dict[str, tuple[Array, Array]]]:
         """Squared error of the unknown values, predicted three ways; see the top of the file.
 
-        Also brings up to date the running mean of each gene's value, whose own error on the same
-        targets ("gene_mean_mse") is the no-information baseline, and counts its own calls in training.
+        The error of the running mean of each gene's value on the same targets, "gene_mean_mse", is the
+        no-information baseline. In training the mean is brought up to date and calls are counted.
         """
         c = self.config
         if c.n_batches and c.batch_label not in batch.label:
@@ -360,61 +350,82 @@ class ScGPT(nnx.Module):
             mask = jnp.concatenate([(tokens.cls_hidden * batch.weight)[:, None], mask], axis=1)
             target = jnp.pad(target, ((0, 0), (1, 0)), constant_values=c.cls_value)
         weight = mask.sum()
-        begun = jnp.zeros((), bool)
+        begun = None
         if c.objective == "generative" and c.second_pass_after:
             begun = self.calls[...] >= c.second_pass_after
             self.calls[...] += 0 if self.deterministic else 1
-
-        def run(unknown: int) -> tuple[dict[str, Array], Array]:
-            """(sums by metric, cell embedding). The heads see the unknown tokens alone."""
-            if c.objective == "generative":
-                own = slice(0, unknown)
-            else:
-                room = unknown_room(tokens.gene_id.shape[1], max(c.mask_fractions))
-                own = slice(0 if c.mask_cls else 1, max(room, 1) + 1)
-            n = own.stop - own.start
-            told = self.batch_vector(self._batch_of(batch)) if c.batch_decoder else None
-
-            def errors(name: str, predicted: tuple[Array, Array | None]) -> dict[str, Array]:
-                value, logit = predicted
-                sums = {f"{name}_mse": masked_mse(value, target[:, :n], mask[:, :n])[0]}
-                if logit is not None:
-                    sums[f"{name}_expressed_nll"] = expressed_nll(logit, target[:, :n], mask[:, :n])[0]
-                return sums
-
-            x, gene, valid = self._inputs(tokens, unknown, keys, batch, train=not self.deterministic)
-            cell, states = self._transform(x, valid, unknown, fold(keys, 1))
-            sums = errors("masked", self.decoder(states[:, own], told))
-            if c.mvc_weight:
-                sums |= errors("mvc", self.mvc(gene[:, own], cell, told))
-            if c.objective == "generative" and c.second_pass_after:
-
-                def second() -> dict[str, Array]:
-                    start = x.at[:, unknown].set(jax.lax.stop_gradient(cell).astype(x.dtype))
-                    _, states = self._transform(start, valid, unknown, fold(keys, 2))
-                    return errors("second", self.decoder(states[:, own], told))
-
-                zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(second))
-                sums |= jax.lax.cond(begun, second, lambda: zeros)
-            return sums, cell
-
-        sums, cell = self._by_fraction(tokens, run)
-        total = sum((c.mvc_weight if "mvc" in name else 1.0) * value for name, value in sums.items())
-        for name, value in sums.items():
-            metrics[name] = (value, jnp.where(begun, weight, 0.0) if "second" in name else weight)
+        given, rooms = (tokens, target, mask, keys, batch, begun), self._rooms(tokens)
+        if isinstance(tokens.fraction, Array):
+            runs = [lambda model, _, given, room=room: model._errors(room, *given)[:2] for room in rooms]
+            total, sums = switch_loss(tokens.fraction, runs, self, (), given)
+        else:
+            total, sums, cell = self._errors(rooms[tokens.fraction or 0], *given)
+        metrics |= {name: (value, weight) for name, value in sums.items()}
+        if begun is not None:
+            metrics["second_mse"] = (sums["second_mse"], jnp.where(begun, weight, 0.0))
         objectives = {"values": (total, weight)}
         if c.ecs_weight:
             value, pairs = metrics["ecs"] = elastic_cell_similarity(cell, batch.weight, c.ecs_threshold)
             objectives["ecs"] = (c.ecs_weight * value, pairs)
         if c.dab_weight:
-            logits = self.discriminator(reverse_gradient(cell))
-            value, cells = metrics["dab_ce"] = label_cross_entropy(
-                logits, self._batch_of(batch), batch.weight
-            )
+            logits, label = self.discriminator(reverse_gradient(cell)), self._batch_of(batch)
+            value, cells = metrics["dab_ce"] = label_cross_entropy(logits, label, batch.weight)
             objectives["dab"] = (c.dab_weight * value, cells)
         if len(objectives) == 1:
             return total, weight, metrics
-        return *({name: pair[i] for name, pair in objectives.items()} for i in (0, 1)), metrics
+        totals, weights = ({name: pair[i] for name, pair in objectives.items()} for i in (0, 1))
+        return totals, weights, metrics
+
+    def _errors(
+        self,
+        unknown: int,
+        tokens: Tokens,
+        target: Array,
+        mask: Array,
+        keys: Array | None,
+        batch: CellBatch,
+        begun: Array | None,
+    ) -> tuple[Array, dict[str, Array], Array]:
+        """(weighted sum of errors, errors by name, cell embedding); the heads see unknown tokens alone."""
+        c = self.config
+        own = slice(0, unknown)
+        if c.objective == "masked":
+            room = unknown_room(tokens.gene_id.shape[1], max(c.mask_fractions))
+            own = slice(0 if c.mask_cls else 1, max(room, 1) + 1)
+        n = own.stop - own.start
+        target, mask = target[:, :n], mask[:, :n]
+        told = self.batch_vector(self._batch_of(batch)) if c.batch_decoder else None
+        sums: dict[str, Array] = {}
+
+        def take(name: str, predicted: tuple[Array, Array | None]) -> None:
+            value, logit = predicted
+            sums[f"{name}_mse"] = masked_mse(value, target, mask)[0]
+            if logit is not None:
+                sums[f"{name}_expressed_nll"] = expressed_nll(logit, target, mask)[0]
+
+        x, gene, valid = self._inputs(tokens, unknown, keys, batch, train=not self.deterministic)
+        cell, states = self._transform(x, valid, unknown, fold(keys, 1))
+        take("masked", self.decoder(states[:, own], told))
+        if c.mvc_weight:
+            take("mvc", self.mvc(gene[:, own], cell, told))
+        if begun is not None:
+            start = x.at[:, unknown].set(jax.lax.stop_gradient(cell).astype(x.dtype))
+
+            def second(model: Any, inputs: Any, given: Any) -> tuple[Array, None]:
+                (x, told), (valid, keys, target, mask) = inputs, given
+                _, states = model._transform(x, valid, unknown, fold(keys, 2))
+                return masked_mse(model.decoder(states[:, own], told)[0], target, mask)[0], None
+
+            sums["second_mse"], _ = switch_loss(
+                begun.astype(jnp.int32),
+                [lambda *_: (jnp.zeros(()), None), second],
+                self,
+                (start, told),
+                (valid, keys, target, mask),
+                through=("transformer", "final_norm", "decoder"),
+            )
+        scaled = (c.mvc_weight * value if name[:3] == "mvc" else value for name, value in sums.items())
+        return sum(scaled, jnp.zeros(())), sums, cell
 
     # ------------------------------------------------------------- embedding
     def _cell(self, batch: CellBatch) -> Array:

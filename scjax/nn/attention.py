@@ -40,14 +40,14 @@ def attention(
         # mapping over cells that are spread over devices would gather them on each
         backend = "cellwise" if jax.default_backend() == "cpu" and jax.device_count() == 1 else "einsum"
     if backend == "einsum":
-        return _heads(q_BSHD, k_BSHD, v_BSHD, key_mask_BS, unknown)
+        return _heads(unknown, q_BSHD, k_BSHD, v_BSHD, key_mask_BS)
     if backend == "cellwise":
-        one = jax.checkpoint(lambda cell: _heads(*(x[None] for x in cell), unknown)[0])
+        one = jax.checkpoint(lambda cell: _heads(unknown, *(x[None] for x in cell))[0])
         return jax.lax.map(one, (q_BSHD, k_BSHD, v_BSHD, key_mask_BS))
     raise ValueError(f'backend is "auto", "einsum" or "cellwise", not {backend!r}')
 
 
-def _heads(q_BSHD: Array, k_BSHD: Array, v_BSHD: Array, key_mask_BS: Array, unknown: int) -> Array:
+def _heads(unknown: int, q_BSHD: Array, k_BSHD: Array, v_BSHD: Array, key_mask_BS: Array) -> Array:
     q_BHSD, k_BHSD, v_BHSD = (jnp.moveaxis(x, 2, 1) for x in (q_BSHD, k_BSHD, v_BSHD))
     q_BHSD = q_BHSD * q_BSHD.shape[-1] ** -0.5
     k_BHTD, v_BHTD = k_BHSD[:, :, unknown:], v_BHSD[:, :, unknown:]

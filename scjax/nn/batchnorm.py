@@ -16,13 +16,12 @@ class DomainBatchNorm(nnx.Module):
     """(x - mean) / sqrt(var + epsilon) per channel, over the tokens of the cells of one domain.
 
     In training by the statistics of the batch, which also move the running ones; in evaluation by the
-    running ones. A cell of unknown domain (-1) takes the mean of the domains' running statistics. With
-    several domains there is no scale or bias, with one domain ("shared") there is, as upstream has it.
+    running ones. A cell of unknown domain (-1) takes the mean of the domains' running statistics.
 
     Args:
       n_features: channels E.
-      n_domains: number of domains.
-      affine: a learned scale and bias.
+      n_domains: number of domains; 1 for one that all cells share.
+      affine: a learned scale and bias; upstream has them with one domain and not with several.
       first_domain: upstream's accident: every cell is normalised as if it were of the domain of the first
         cell of the batch, and padding counts in the statistics.
       epsilon, momentum: as upstream.
@@ -40,14 +39,13 @@ class DomainBatchNorm(nnx.Module):
         epsilon: float = 6.1e-5,
         momentum: float = 0.1,
     ):
-        self.n_domains, self.first_domain = n_domains, first_domain
-        self.epsilon, self.momentum = epsilon, momentum
+        self.n_domains, self.affine = n_domains, affine
+        self.first_domain, self.epsilon, self.momentum = first_domain, epsilon, momentum
         self.mean = Buffer(jnp.zeros((n_domains, n_features)))
         self.var = Buffer(jnp.ones((n_domains, n_features)))
         if affine:
             self.scale = nnx.Param(jnp.ones(n_features), axes=("embed",))
             self.bias = nnx.Param(jnp.zeros(n_features), axes=("embed",))
-        self.affine = affine
 
     def __call__(self, x_BSE: Array, valid_BS: Array, domain_B: Array, *, train: bool) -> Array:
         """Normalised ``x_BSE``, in float32; moves the running statistics where ``train``.
@@ -59,6 +57,8 @@ class DomainBatchNorm(nnx.Module):
           train: see above.
         """
         x = x_BSE.astype(jnp.float32)
+        if self.n_domains == 1:
+            domain_B = jnp.zeros_like(domain_B)
         if self.first_domain:
             valid_BS, domain_B = jnp.ones_like(valid_BS), jnp.broadcast_to(domain_B[:1], domain_B.shape)
         mean_DE, var_DE = self.mean[...], self.var[...]
