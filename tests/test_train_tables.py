@@ -169,6 +169,7 @@ class TestARun:
             twin.params["gene"]["projection"]["kernel"], model.params["gene"]["projection"]["kernel"]
         )
         assert np.abs(twin.embed(cells) - model.embed(cells)).max() > 1e-3
+        assert twin._embed is model._embed
         assert model._embed._cache_size() == 1  # the twin is the same function of other arrays
         vectors = model.gene_embedding()
         assert vectors.shape == (48, 16)
