@@ -1,6 +1,7 @@
 """Published checkpoints to run directories and back; what is particular to a system is tested apart."""
 
 import dataclasses
+import inspect
 import json
 import re
 import shutil
@@ -233,6 +234,21 @@ def test_on_the_command_line(published, checkpoint, tmp_path, capsys, monkeypatc
     same(a, b)
     assert main(["export", str(run), "--out", str(tmp_path / "gpt"), "--format", "scgpt"]) == 2
     assert not (tmp_path / "gpt").exists()
+
+
+@pytest.mark.parametrize("system", sorted(models.SYSTEMS))
+def test_every_system_can_be_imported(system, capsys):
+    """Each has a module that keeps to the contract, and what its ``read`` takes has a flag in the shell."""
+    module = interop.pretrained.module_of(system)
+    for pattern, why in module.IGNORED.items():
+        assert re.compile(pattern) and why
+    with pytest.raises(SystemExit):
+        main(["import", "--help"])
+    flags = capsys.readouterr().out
+    for name in list(inspect.signature(module.read).parameters)[1:]:
+        assert f"--{name.replace('_', '-')} " in flags
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        scjax.import_pretrained(system, "nowhere")
 
 
 # ------------------------------------------------------------------------ rules
