@@ -1,4 +1,4 @@
-"""Writes constraints.txt from ``pip freeze`` of a Python 3.11 and a Python 3.12 environment with [dev,parity].
+"""Writes constraints.txt from ``pip freeze`` of Python 3.11 and 3.12, each with the extras dev and parity.
 
 python3.11 -m pip freeze --exclude-editable > a.txt
 python3.12 -m pip freeze --exclude-editable > b.txt
