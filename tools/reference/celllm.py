@@ -248,14 +248,14 @@ def full() -> dict[str, Any]:
     )
 
     @jax.jit
-    def run_ours(params: Any, buffers: Any) -> Any:
+    def run_ours(params: Any, buffers: Any, batch: CellBatch) -> Any:
         module = bind(model, params, buffers)
-        tokens = module.whole(ours)
+        tokens = module.whole(batch)
         cell, genes = module(tokens)
         x = jax.numpy.concatenate([cell[:, None], genes], 1)
         return tokens.gene_id, module.norm(x), module.predict(x)
 
-    slots, hidden, logits = (np.asarray(x) for x in run_ours(imported["params"], imported["buffers"]))
+    slots, hidden, logits = (np.asarray(x) for x in run_ours(imported["params"], imported["buffers"], ours))
     errors = {"hidden states": 0.0, "logits of bins": 0.0}
     for i in range(2):
         n = int((token[i] != PAD).sum())

@@ -208,13 +208,13 @@ def full() -> dict[str, Any]:
     )
 
     @jax.jit
-    def run_ours(params: Any, buffers: Any) -> Any:
+    def run_ours(params: Any, buffers: Any, batch: CellBatch) -> Any:
         module = bind(model, params, buffers)
-        tokens = module.all_genes(ours)
+        tokens = module.all_genes(batch)
         x = module(tokens)
         return tokens.shown, module.norm(x), module.predict(x)
 
-    shown, hidden, logits = (np.asarray(x) for x in run_ours(imported["params"], imported["buffers"]))
+    shown, hidden, logits = (np.asarray(x) for x in run_ours(imported["params"], imported["buffers"], ours))
     return {
         "system": "scbert",
         "parameters": count,
