@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_model import cells, tiny
+from flax import nnx
+from tiny_model import N_GENES, Tiny, TinyConfig, cells, tiny
 
 from scjax.config import ConfigError
+from scjax.nn import abstract, bind
 from scjax.nn.module import shapes_of
 from scjax.parallel import MeshConfig, make_mesh, place
 from scjax.train import (
@@ -230,6 +232,42 @@ def test_accumulation_is_the_whole_batch(layout):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *moments)
     np.testing.assert_array_equal(other["buffers"]["value_count"], state["buffers"]["value_count"])
     assert state["buffers"]["value_count"].sum() > 0
+
+
+class TwoObjectives(Tiny):
+    """The tiny model with a second objective that other cells weigh in, and by cells instead of genes."""
+
+    def loss(self, batch, key):
+        masked, weight, metrics = super().loss(batch, key)
+        gene_id, value, _ = self.encode(batch, key)
+        length = batch.weight * (batch.row % 3 == 0)
+        second = (length * (self(gene_id, value) ** 2).sum(-1)).sum()
+        return {"masked": masked, "cell": 0.5 * second}, {"masked": weight, "cell": length.sum()}, metrics
+
+
+def test_several_objectives_are_divided_each_by_its_own_weight():
+    mesh = make_mesh(MeshConfig(2, 4, 1))
+    model = abstract(lambda: TwoObjectives(TinyConfig(), N_GENES, rngs=nnx.Rngs(0)))
+    tx = optax.sgd(0.1)
+    shapes = abstract_state(model, tx, mesh)
+
+    def by_hand(params, buffers, batch):
+        key = jax.random.fold_in(jax.random.key(0), 0)
+        sums, weights, _ = bind(model, params, buffers).loss(batch, key)
+        return sum(sums[name] / weights[name] for name in sums)
+
+    before = jax.device_get(init_state(model, tx, shapes))
+    value, gradient = jax.jit(jax.value_and_grad(by_hand))(before["params"], before["buffers"], cells(0))
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, before["params"], gradient)
+    for accumulate in (1, 2):
+        step = make_train_step(model, tx, shapes, seed=0, accumulate=accumulate)
+        state, metrics = step(init_state(model, tx, shapes), place(cells(0), mesh))
+        assert float(metrics["loss"][0] / metrics["loss"][1]) == pytest.approx(float(value), rel=1e-5)
+        after = jax.device_get(state["params"])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), after, expected)
+    evaluate = make_eval_step(model, shapes, seed=0)
+    metrics = evaluate(init_state(model, tx, shapes), place(cells(0), mesh))
+    assert float(metrics["loss"][1]) == 1 and np.isfinite(float(metrics["loss"][0]))
 
 
 def test_accumulation_must_divide():

@@ -1,12 +1,13 @@
 """One step of training and one of evaluation, as pure jitted functions.
 
-Losses arrive as (sum, weight). Sums are added over micro-batches and devices and divided once, so that a
+Losses arrive as (sum, weight), or as dicts of them with one entry per objective; what is minimised is the sum
+over the objectives of sum / weight. Sums are added over micro-batches and devices and divided once, so that a
 step is the same however a batch is cut, although cells differ in how many masked genes they contribute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,13 +20,14 @@ from scjax.parallel import BATCH_AXES, batch_sharding, replicated
 from scjax.train.state import State, pack, shardings_of, unpack
 from scjax.types import CellBatch
 
+Sums = dict[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 TrainStep = Callable[[State, CellBatch], tuple[State, Metrics]]
 EvalStep = Callable[[State, CellBatch], Metrics]
 
 
-def _loss_of(model: Abstract, abstract: State, *, train: bool) -> Callable[..., tuple[Any, Any]]:
-    """``(params, buffers, batch, key) -> (loss_sum, (new buffers, metrics))``, to be differentiated."""
+def _loss_of(model: Abstract, abstract: State, *, train: bool) -> Callable[..., tuple[Any, Any, Any, Any]]:
+    """``(params, buffers, batch, key) -> (sums, weights, new buffers, metrics)``; two dicts by objective."""
     tables = jax.tree.map(
         lambda leaf, axes: (
             NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[:1]))
@@ -41,16 +43,38 @@ def _loss_of(model: Abstract, abstract: State, *, train: bool) -> Callable[..., 
         move the activations of the whole batch between devices to put the pieces together."""
         return param if sharding is None else jax.lax.with_sharding_constraint(param, sharding)
 
-    def loss(params: Any, buffers: Any, batch: CellBatch, key: jax.Array) -> tuple[Any, Any]:
+    def loss(params: Any, buffers: Any, batch: CellBatch, key: jax.Array) -> tuple[Any, Any, Any, Any]:
         params = jax.tree.map(whole_rows, params, tables)
         module = bind(model, params, buffers)
         if not train:
             module.eval()
-        total, weight, metrics = module.loss(batch, key)
-        metrics = dict(metrics) | {"loss": (total, weight), "cells": (batch.weight.sum(), jnp.ones(()))}
-        return total, (buffers_of(module), jax.tree.map(lambda x: x.astype(jnp.float32), metrics))
+        sums, weights, metrics = module.loss(batch, key)
+        if not isinstance(sums, Mapping):
+            sums, weights = {"loss": sums}, {"loss": weights}
+        if sums.keys() != weights.keys():
+            raise ValueError(f"the loss has sums of {sorted(sums)} and weights of {sorted(weights)}")
+        metrics = dict(metrics) | {"cells": (batch.weight.sum(), jnp.ones(()))}
+        as_float = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)  # noqa: E731
+        return as_float(dict(sums)), as_float(dict(weights)), buffers_of(module), as_float(metrics)
 
     return loss
+
+
+def _objective(sums: Sums, weights: Sums) -> jax.Array:
+    """Sum over the objectives of sum / weight; an objective without weight counts for nothing."""
+    terms = [
+        jnp.where(weights[name] > 0, total / jnp.where(weights[name] > 0, weights[name], 1), 0)
+        for name, total in sums.items()
+    ]
+    return sum(terms, jnp.zeros(()))
+
+
+def _loss_metric(sums: Sums, weights: Sums) -> tuple[jax.Array, jax.Array]:
+    """What is logged as the loss. Means of several objectives cannot be pooled over steps by one weight:
+    there it is the objective of the step."""
+    if len(sums) == 1:
+        return (*sums.values(), *weights.values())  # type: ignore[return-value]
+    return _objective(sums, weights), jnp.ones(())
 
 
 def make_train_step(
@@ -79,7 +103,19 @@ def make_train_step(
     """
     mesh = abstract["step"].sharding.mesh
     micro_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
-    gradient = jax.grad(_loss_of(model, abstract, train=True), has_aux=True)
+    loss = _loss_of(model, abstract, train=True)
+
+    def objective(params: Any, buffers: Any, batch: CellBatch, key: jax.Array, weights: Sums | None) -> Any:
+        """One objective is divided by its weight at the end of the step. Several must be before they are
+        added up, by ``weights`` of the whole batch (None: this is the whole batch)."""
+        sums, own, buffers, metrics = loss(params, buffers, batch, key)
+        if len(sums) == 1:
+            (total,) = sums.values()
+        else:
+            total = _objective(sums, jax.lax.stop_gradient(own) if weights is None else weights)
+        return total, (sums, own, buffers, metrics)
+
+    gradient = jax.grad(objective, has_aux=True)
 
     def cut(x: jax.Array) -> jax.Array:
         if x.shape[0] % accumulate:
@@ -90,24 +126,34 @@ def make_train_step(
     def step(state: State, batch: CellBatch) -> tuple[State, Metrics]:
         params, key = state["params"], jax.random.fold_in(jax.random.key(seed), state["step"])
         if accumulate == 1:
-            grads, (buffers, metrics) = gradient(params, state["buffers"], batch, key)
+            grads, (sums, weights, buffers, metrics) = gradient(params, state["buffers"], batch, key, None)
         else:
-
-            def add(carry: Any, micro: CellBatch) -> tuple[Any, None]:
-                buffers, sums = carry
-                grads, (buffers, metrics) = gradient(params, buffers, micro, key)
-                return (buffers, jax.tree.map(jnp.add, sums, (grads, metrics))), None
-
             cuts = jax.tree.map(cut, batch)
             first = jax.tree.map(lambda x: x[0], cuts)
-            like = jax.eval_shape(lambda b: gradient(params, state["buffers"], b, key), first)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (like[0], like[1][1]))
-            (buffers, (grads, metrics)), _ = jax.lax.scan(add, (state["buffers"], zeros), cuts)
+            like = jax.eval_shape(lambda b: gradient(params, state["buffers"], b, key, None), first)
+            whole = None
+            if len(like[1][0]) > 1:
+                # weights do not depend on the network, which the compiler therefore leaves out here
+                each = jax.lax.map(lambda micro: loss(params, state["buffers"], micro, key)[1], cuts)
+                whole = jax.tree.map(lambda x: x.sum(0), each)
+
+            def add(carry: Any, micro: CellBatch) -> tuple[Any, None]:
+                buffers, totals = carry
+                grads, (sums, weights, buffers, metrics) = gradient(params, buffers, micro, key, whole)
+                return (buffers, jax.tree.map(jnp.add, totals, (grads, sums, weights, metrics))), None
+
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype), (like[0], like[1][0], like[1][1], like[1][3])
+            )
+            (buffers, totals), _ = jax.lax.scan(add, (state["buffers"], zeros), cuts)
+            grads, sums, weights, metrics = totals
             metrics["cells"] = (metrics["cells"][0], jnp.ones(()))
 
-        weight = metrics["loss"][1]
-        scale = jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0)
-        grads = jax.tree.map(lambda g: jnp.where(scale > 0, g * scale, 0).astype(g.dtype), grads)
+        metrics["loss"] = _loss_metric(sums, weights)
+        if len(sums) == 1:
+            (weight,) = weights.values()
+            scale = jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0)
+            grads = jax.tree.map(lambda g: jnp.where(scale > 0, g * scale, 0).astype(g.dtype), grads)
         metrics["grad_norm"] = (optax.tree.norm(grads).astype(jnp.float32), jnp.ones(()))
 
         updates, opt = tx.update(grads, unpack(tx, params, state["opt"]), params)
@@ -132,8 +178,8 @@ def make_eval_step(model: Abstract, abstract: State, *, seed: int) -> EvalStep:
     loss = _loss_of(model, abstract, train=False)
 
     def step(state: State, batch: CellBatch) -> Metrics:
-        _, (_, metrics) = loss(state["params"], state["buffers"], batch, jax.random.key(seed))
-        return metrics
+        sums, weights, _, metrics = loss(state["params"], state["buffers"], batch, jax.random.key(seed))
+        return metrics | {"loss": _loss_metric(sums, weights)}
 
     return jax.jit(
         step,
