@@ -194,6 +194,12 @@ class TestLoss:
         np.testing.assert_allclose(quiet, still[0], rtol=1e-6)
         assert float(noisy) != float(quiet)
 
+    def test_dropout_is_where_bert_has_it(self):
+        """Not within the feed-forward layer, where other systems have it."""
+        model, state = build(dropout=0.5)
+        blocks = bind(model, **state).transformer.blocks
+        assert (blocks.rate, blocks.inner_rate) == (0.5, 0.0)
+
     def test_bfloat16_is_close_to_float32(self):
         exact, _ = call("loss", batch_of(), KEY, dropout=0.0)
         model, _ = build(dtype="bfloat16", dropout=0.0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +138,7 @@ class Geneformer(nnx.Module):
         self.n_tokens = n_genes + (4 if c.specials else 2)
         self.pad, self.mask, self.cls, self.eos = range(n_genes, n_genes + 4)
         self.deterministic = False
-        how = {"dtype": dtype, "kernel_init": INIT, "rngs": rngs}
+        how: dict[str, Any] = {"dtype": dtype, "kernel_init": INIT, "rngs": rngs}
         self.gene = GeneEmbedder(n_genes, self.n_tokens - n_genes, d, c.gene_table, init=INIT, rngs=rngs)
         if c.gene_table.kind == "frozen":
             self.gene.special[...] = INIT(rngs.params(), self.gene.special[...].shape)

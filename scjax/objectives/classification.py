@@ -91,7 +91,7 @@ def _over_chunks(
             return ((losses + loss, corrects + correct), sums), found[:1]
 
         def skip(carry: Any) -> tuple[Any, Any]:
-            return carry, (jnp.zeros_like(x),) if gradients else ()
+            return carry, ((jnp.zeros_like(x),) if gradients else ())
 
         return jax.lax.cond((weight != 0).any(), work, skip, carry)
 
@@ -101,7 +101,9 @@ def _over_chunks(
         return jnp.moveaxis(pieces, 1, 0)
 
     zero = jnp.zeros((), jnp.float32)
-    sums = (jnp.zeros(table.shape, jnp.float32), jnp.zeros(table.shape[:1], jnp.float32)) if gradients else ()
+    sums: tuple[Array, ...] = ()
+    if gradients:
+        sums = (jnp.zeros(table.shape, jnp.float32), jnp.zeros(table.shape[:1], jnp.float32))
     pieces = (cut(x_BKD), cut(target_BK), cut(weight_BK.astype(jnp.float32)))
     ((loss, correct), sums), each = jax.lax.scan(step, ((zero, zero), sums), pieces)
     if not gradients:
