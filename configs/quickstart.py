@@ -8,7 +8,8 @@ copy this file, name your corpus and change what you want to ask about.
 
 Where it departs from the published model, and why: 1,500 variable genes and 160 tokens a cell (attention over
 every expressed gene would take an hour on a laptop); ties of a count go to the middle of its bins (fewer
-epochs to average over random ones); values scaled to 0..1 (Adam need not first learn the number 25).
+epochs to average over random ones); values scaled to 0..1 (Adam need not first learn the number 25); the
+objective is "masked", all genes seeing all, where the published one is "generative" (``configs/scgpt.py``).
 """
 
 from ml_collections import ConfigDict
@@ -33,6 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "n_bins": 51,
             "tie": "mid",
             "value_scale": 1 / 50,
+            "objective": "masked",
             "mask_fractions": (0.25, 0.5, 0.75),
             "mvc_weight": 1.0,
             "dtype": "float32",

@@ -4,12 +4,14 @@
     python experiments/pretrain.py --config=configs/scgpt.py:smoke --workdir=runs/scgpt-smoke
 
 Source of the settings: args.json of the released whole-human checkpoint (16 GPUs x 32 cells, 6 epochs
-of 33 million cells, Adam 1e-4, 10,000 steps of warm-up, cosine to 0, clip 1.0). The objective here is the
-masked-value one with gene prompts.
+of 33 million cells, Adam 1e-4, 10,000 steps of warm-up, cosine to 0, clip 1.0; bfloat16 here, float16 there).
+The objective is the one those weights were trained with: known genes to unknown ones, gene prompts from the
+cell embedding, and after 1,000 steps the second pass that starts from it.
 
-``:smoke`` is a minute on two CPU cores, on cells that ship with the package (``make quickstart`` or
-``scjax corpus build`` makes the corpus). There masked_mse falls from about 0.1 towards the no-information
-baseline gene_mean_mse; beating it takes the thousand steps of ``configs/quickstart.py``.
+``:smoke`` is about a minute on two CPU cores, on cells that ship with the package (``tools/quickstart.sh``
+makes the corpus and the list of 1,500 variable genes): a small network, values scaled to 0..1, ties in the
+middle of their bins, half of the genes unknown, the second pass from step 300. On the validation cells
+masked_mse ends at 0.0222, below the 0.0238 of the no-information baseline, gene_mean_mse.
 """
 
 from ml_collections import ConfigDict
@@ -35,7 +37,9 @@ def get_config(arg: str = "") -> ConfigDict:
             "n_bins": 51,
             "tie": "random",
             "value_scale": 1.0,
+            "objective": "generative",
             "mask_fractions": (0.25, 0.5, 0.75),
+            "second_pass_after": 1000,
             "mvc_weight": 1.0,
             "attention": "auto",
             "remat": "dots",
@@ -72,18 +76,21 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     if arg == "smoke":
         config.model.update(
-            d_model=32,
+            d_model=64,
             n_heads=2,
             n_layers=2,
-            d_ff=64,
-            max_length=65,
-            dropout=0.1,
-            value_scale=1 / 51,
+            d_ff=128,
+            dropout=0.0,
+            max_length=97,
+            tie="mid",
+            value_scale=1 / 50,
+            mask_fractions=(0.5,),
+            second_pass_after=300,
             remat="none",
             dtype="float32",
         )
-        config.data.update(corpus="runs/pbmc/corpus", batch_size=32)
-        config.validation.update(batch_size=32, max_batches=2)
-        config.optimizer.update(learning_rate=2e-3, warmup_steps=10)
-        config.train.update(steps=60, log_every=10, eval_every=30, checkpoint_every=20)
+        config.data.update(corpus="runs/pbmc/corpus", genes="runs/pbmc/genes.tsv", batch_size=64)
+        config.validation.update(batch_size=64, max_batches=2)
+        config.optimizer.update(learning_rate=3e-3, warmup_steps=30, b2=0.99)
+        config.train.update(steps=400, log_every=20, eval_every=100, checkpoint_every=200)
     return config

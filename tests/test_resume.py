@@ -18,8 +18,10 @@ from scjax.loader import Loader
 from scjax.train import checkpoint_steps, read_metrics, read_model
 
 SMOKE = "configs/scgpt.py:smoke"
+# the second pass begins in the middle, between two checkpoints
 SHORT = {"train__steps": 90, "train__log_every": 4, "train__checkpoint_every": 10, "train__eval_every": 15,
-         "optimizer__warmup_steps": 5}  # fmt: skip
+         "optimizer__warmup_steps": 5, "data__genes": "", "data__batch_size": 32, "model__d_model": 32,
+         "model__dropout": 0.1, "model__second_pass_after": 35}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

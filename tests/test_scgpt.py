@@ -260,6 +260,25 @@ class TestGenerative:
 
         assert int(calls()) == 0
 
+    @pytest.mark.parametrize(
+        "changes",
+        [{"norm": "pre"}, {"remat": "dots", "dtype": "bfloat16"}, {"attention": "cellwise"}],
+        ids=str,
+    )
+    def test_variants(self, changes):
+        """How it is computed changes nothing but rounding; "pre" is another network."""
+        model, state = build(dropout=0.0, second_pass_after=1, **changes)
+        buffers = {**state["buffers"], "calls": jnp.int32(1)}
+        key = jax.random.key(0)
+        (value, _), gradient = loss_and_gradient(model)(state["params"], buffers, key)
+        assert np.isfinite(value) and all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
+        if "norm" not in changes:
+            plain, _ = build(dropout=0.0, second_pass_after=1, attention="einsum")
+            (expected, _), other = loss_and_gradient(plain)(state["params"], buffers, key)
+            rough = "dtype" in changes
+            np.testing.assert_allclose(value, expected, rtol=2e-2 if rough else 1e-5)
+            assert_trees_close(gradient, other, 0.2 if rough else 1e-4)
+
     def test_three_fractions_on_a_mesh(self):
         """The losses of three steps on a mesh, each with the fraction it draws, are those on one device."""
         from scjax.parallel import MeshConfig, make_mesh, place
@@ -321,7 +340,7 @@ class TestHeads:
             assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 
     def test_the_discriminator_learns_what_the_network_unlearns(self):
-        """Without reversal the gradient of the discriminator is the same, the network's has the other sign."""
+        """Without reversal the discriminator's gradient is the same, the network's has the other sign."""
         batch = self.labelled()
         model, state = masked(n_batches=2, dab_weight=1.0, dropout=0.0)
 
