@@ -205,29 +205,6 @@ class TestInvariance:
         assert loss(batch, seed=1)[0] != loss(batch)[0]
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)], ids=str)
-def test_the_mesh_changes_nothing(shape):
-    """scGPT, dropout and all: the losses of three steps on any layout are those on one device."""
-    from scjax.parallel import MeshConfig, make_mesh, place
-    from scjax.train import OptimizerConfig, abstract_state, init_state, make_optimizer, make_train_step
-
-    def losses(mesh):
-        model = models.build("scgpt", TINY["scgpt"], GENES)
-        tx, _ = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=1), 3, model)
-        abstract = abstract_state(model, tx, mesh)
-        state, step = init_state(model, tx, abstract), make_train_step(model, tx, abstract, seed=0)
-        values = []
-        for number in range(3):
-            state, metrics = step(state, place(batch_of(16, seed=number), mesh))
-            values.append(float(metrics["loss"][0] / metrics["loss"][1]))
-        assert step._cache_size() == 1
-        return values
-
-    alone = losses(make_mesh(MeshConfig(data=1), devices=jax.devices()[:1]))
-    spread = losses(make_mesh(MeshConfig(*shape)))
-    np.testing.assert_allclose(spread, alone, rtol=1e-5)
-
-
 def test_gradients_reach_every_parameter(system):
     model, state = system
 
