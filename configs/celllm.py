@@ -4,16 +4,20 @@
         --config.data.genes=GENES.tsv --config.tables.gene=VECTORS.npz --workdir=runs/celllm
     python experiments/pretrain.py --config=configs/celllm.py:smoke --workdir=runs/celllm-smoke
 
-Source of the settings: the network from the released model; of the optimisation of its pretraining nothing is
-published, so that Adam 1e-4 and 128 cells a step are those of its fine-tuning, the dropout and the temperature
-of the contrast those of SimCSE, and the number of steps 10 epochs of its two million cells.
+Source of the settings: the network from the released model. Of the optimisation of its pretraining
+nothing is published: Adam 1e-4 and 128 cells a step are those of its fine-tuning, dropout and temperature
+of the contrast those of SimCSE, the number of steps 10 epochs of its two million cells.
 
-Its 19,379 genes are given by ``data.genes``, the vectors of its protein graph (512 wide) by ``tables.gene``;
-without them ``--config.model.gene_table.kind=random`` learns its own. Where the corpus says which cells are of a
-tumour, name the column and the codes of its tumours (the position of the value in the corpus's list), as in
-``--config.data.labels="('dataset','disease')" --config.model.label=disease
---config.model.tumour_codes="(1,)"``; without, the objective that tells them apart is left out. The contrast is
-between all cells of a batch, which are encoded in ``parts``, at the memory of one.
+Its 19,379 genes are given by ``data.genes``, the vectors of its protein graph (512 wide) by
+``tables.gene``; without them ``--config.model.gene_table.kind=random`` learns its own. Where the corpus
+says which cells are of a tumour, name the column and the codes of its tumours (positions in the corpus's
+list of values):
+
+    --config.data.labels="('dataset','disease')" --config.model.label=disease \\
+        --config.model.tumour_codes="(1,)"
+
+Without, the objective that tells them apart is left out. The contrast is between all cells of a batch,
+which are encoded in ``parts``, at the memory of one.
 
 ``:smoke`` is a minute on two CPU cores, on cells that ship with the package (``make quickstart`` makes the
 corpus). On its validation cells masked_ce falls to about 0.51, that of each gene's frequencies

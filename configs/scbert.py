@@ -5,11 +5,11 @@
     python experiments/pretrain.py --config=configs/scbert.py:smoke --workdir=runs/scbert-smoke
 
 Source of the settings: Yang et al., Nature Machine Intelligence 2022, and the pretraining script of its
-repository: Adam 1e-4, 3 cells a GPU x 60 accumulated, 100 epochs of 95 % of 1,126,580 cells, gradients clipped
-at 100; the rate falls to 1e-6 and rises again in cycles of 15, 25, 45, ... epochs, 5 of them rising, each cycle
-to 0.9 of the highest rate of the one before. The number of GPUs, 32, is what its authors answered to a question.
-Its 16,906 genes are given by ``data.genes``, the vectors of gene2vec (200 wide) by ``tables.gene``; without them
-``--config.model.gene_table.kind=random`` learns its own.
+repository: Adam 1e-4, 3 cells a GPU x 60 accumulated, 100 epochs of 95 % of 1,126,580 cells, gradients
+clipped at 100; the rate falls to 1e-6 and rises again in cycles of 15, 25, 45, ... epochs, 5 of them
+rising, each cycle to 0.9 of the highest rate of the one before. The number of GPUs, 32, is what its
+authors answered when asked. Its 16,906 genes are given by ``data.genes``, the vectors of gene2vec (200
+wide) by ``tables.gene``; without them ``--config.model.gene_table.kind=random`` learns its own.
 
 ``:smoke`` is a minute on two CPU cores, on cells that ship with the package (``make quickstart`` makes the
 corpus). On its validation cells masked_ce falls to about 0.46, that of each gene's frequencies
