@@ -258,7 +258,7 @@ class TestConfigs:
 
     def test_published_scgpt_has_the_published_size(self, capsys):
         assert main(["config", "params", str(ROOT / "configs/scgpt.py"), "--genes", "60694"]) == 0
-        assert f"{51_330_049 - 2 * 512:,}" in capsys.readouterr().out
+        assert f"{51_330_049:,}" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore::anndata.OldFormatWarning")  # what AnnData says of other HDF5 files
