@@ -87,9 +87,8 @@ def main() -> None:
         each = gains[(gains["model_id"] == key) & (gains["group"] != "mean of groups")]
         gain = "; ".join(f"{g.value:+.3f} [{g.ci_low:+.3f}, {g.ci_high:+.3f}]" for g in each.itertuples())
         twin = own[key] - each["value"].mean()
-        print(
-            f"| {name} | {size} | {metric} {error:.4f} | {baseline:.4f} | {own[key]:.3f} | {twin:.3f} | {gain} |"
-        )
+        learned = f"{metric} {error:.4f} | {baseline:.4f} | {own[key]:.3f} | {twin:.3f}"
+        print(f"| {name} | {size} | {learned} | {gain} |")
     for key, name in CONTROLS.items():
         if key in own:
             print(f"| {name} | | | | {own[key]:.3f} | | |")
