@@ -71,7 +71,8 @@ def test_exactly_the_share_of_the_candidates_is_chosen(count, seed, fraction):
     ids = ids_of(count)
     candidate = count > 2
     chosen, gene_id, value = (
-        np.asarray(x) for x in encoding.hidden_first(keys_of(3, seed), fraction, candidate, ids, count)
+        np.asarray(x)
+        for x in encoding.hidden_first(keys_of(3, seed), fraction, jnp.asarray(candidate), ids, count)
     )
     n = candidate.sum(1)
     np.testing.assert_array_equal(
@@ -88,6 +89,13 @@ def test_exactly_the_share_of_the_candidates_is_chosen(count, seed, fraction):
         # candidates, then other genes, then padding
         kind = np.where(gene_id[i] < 0, 2, np.where(value[i] > 2, 0, 1))
         assert (np.diff(kind) >= 0).all()
+
+
+@pytest.mark.parametrize("n", [20, 100, 140, 340, 1000])
+def test_a_whole_share_is_not_rounded_up(n):
+    """0.15 * 100 is 15.000001 in float32."""
+    ids = jnp.arange(n)[None]  # of jax: numpy would multiply in float64
+    assert int(encoding.hidden_first(keys_of(1), 0.15, ids >= 0, ids)[0].sum()) == n * 15 // 100
 
 
 def test_the_choice_does_not_depend_on_slots_padding_or_batch():

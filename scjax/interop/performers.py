@@ -47,7 +47,7 @@ def read_state(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], list[st
 
 def split_table(tensors: Mapping[str, np.ndarray], n_special: int) -> dict[str, np.ndarray]:
     """The tensors with the gene table cut into its genes and the special tokens after them."""
-    out = {}
+    out: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         if name.endswith(TABLE):
             n = len(tensor) - n_special

@@ -11,7 +11,7 @@ The authors released the network, not the pretraining: what their paper does not
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -275,7 +275,8 @@ class CellLM(nnx.Module):
             raise ValueError("with n_outputs the published head took the place of the bins': no pretraining")
         encode_key, drop_key, redraw_key = jax.random.split(key, 3)
         if not self.deterministic:
-            projection = self.performer.blocks.attention.projection
+            blocks: Any = self.performer.blocks
+            projection = blocks.attention.projection
             projection[...] = redraw(projection[...], redraw_key, self.calls[...], c.redraw_every)
             self.calls[...] = self.calls[...] + 1
         tokens = self.encode(batch, encode_key)

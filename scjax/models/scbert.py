@@ -8,7 +8,7 @@ over all genes and one token more that stands for the cell. Loss: the bins of th
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -204,7 +204,8 @@ class ScBERT(nnx.Module):
             raise ValueError("with n_outputs the published head took the place of the bins': no pretraining")
         encode_key, drop_key, redraw_key = jax.random.split(key, 3)
         if not self.deterministic:
-            projection = self.performer.blocks.attention.projection
+            blocks: Any = self.performer.blocks
+            projection = blocks.attention.projection
             projection[...] = redraw(projection[...], redraw_key, self.calls[...], self.config.redraw_every)
             self.calls[...] = self.calls[...] + 1
         tokens = self.encode(batch, encode_key)
