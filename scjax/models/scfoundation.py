@@ -198,7 +198,8 @@ class ScFoundation(nnx.Module):
         )
         self.decoder_norm = layer_norm(width, rngs=rngs)
         self.norm = layer_norm(width, rngs=rngs)
-        self.to_value = linear(width, 1, ("embed", None), rngs=rngs)
+        # from zero: a random one would first have to be unlearned, gene by gene
+        self.to_value = linear(width, 1, ("embed", None), kernel_init=nnx.initializers.zeros, rngs=rngs)
         if c.n_outputs:
             self.head = PooledHead(d, 256, c.n_outputs, rngs=rngs)
         self.calls = Buffer(jnp.zeros((), jnp.int32))  # of the training loss: micro-batches seen

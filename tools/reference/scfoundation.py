@@ -368,7 +368,7 @@ def full() -> dict[str, Any]:
         value={},
         weight=np.ones(n, np.float32),
     )
-    module = bind(model, **variables)
+    module = bind(model, **jax.tree.map(jax.numpy.asarray, variables))
     with jax.default_matmul_precision("highest"):
         found = {"cell": jax.jit(module.embed)(ours), "genes": jax.jit(module.gene_states)(ours)}
         found["expression"] = jax.jit(module.predict)(found["genes"])
