@@ -277,11 +277,11 @@ class TestCellLM:
         batch = batch_of().replace(weight=np.array([1, 1, 0, 1, 1, 1], np.float32))
         (loss, aux), expected = whole_gradient(batch, parts=1)
         (value, other), found = whole_gradient(batch, parts=3, remat=remat)
-        np.testing.assert_allclose(value, loss, rtol=1e-6)
+        np.testing.assert_allclose(value, loss, rtol=5e-6)
         assert set(aux[0]) == {"masked", "contrast"}
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), other, aux)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-6), other, aux)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-6)
+            np.testing.assert_allclose(a, b, atol=2e-6 * max(1.0, float(jnp.abs(b).max())))
 
     def test_views_differ_in_dropout_alone(self):
         """In evaluation one view is both: cosine 1 with itself. Training contrasts two."""
