@@ -82,7 +82,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.model.update(d_model=32, n_heads=2, d_head=16, n_layers=2, d_ff=64)
         config.model.update(remat="none", dtype="float32")
         config.model.gene_table.kind = "random"
-        config.data.update(corpus="runs/pbmc/corpus", genes="runs/pbmc/genes.tsv", batch_size=16)
+        config.data.update(corpus="runs/pbmc/corpus", genes="runs/pbmc/genes.tsv", batch_size=16, n_buckets=1)
         config.validation.update(batch_size=32, max_batches=4)
         config.optimizer.update(learning_rate=3e-3, warmup_steps=20, cycle_steps=100, end_factor=0.02)
         config.optimizer.update(clip_norm=1.0, b2=0.99)

@@ -97,7 +97,7 @@ def get_config(arg: str = "") -> ConfigDict:
             remat="none",
             dtype="float32",
         )
-        config.data.update(corpus="runs/pbmc/corpus", batch_size=16, genes="runs/pbmc/genes.tsv")
+        config.data.update(corpus="runs/pbmc/corpus", batch_size=16, genes="runs/pbmc/genes.tsv", n_buckets=1)
         config.validation.update(batch_size=32, max_batches=4)
         config.optimizer.update(learning_rate=1e-2, warmup_steps=10, schedule="cosine")
         config.train.update(steps=250, accumulate=1, log_every=25, eval_every=125, checkpoint_every=125)
