@@ -166,7 +166,7 @@ class TestTraining:
 
         before, after = flatten(case.variables["params"]), flatten(step(case.variables["params"]))
         for path, expected in flatten(case.imported("after/")["params"]).items():
-            assert np.linalg.norm(after[path] - expected) < 1e-6 * np.linalg.norm(expected), path
+            assert np.linalg.norm(after[path] - expected) < 3e-6 * np.linalg.norm(expected), path
             moved, due = after[path] - before[path], expected - before[path]
             if path.endswith(
                 "qkv/bias"

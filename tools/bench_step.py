@@ -120,7 +120,7 @@ def cells(corpus: str | None, n: int, seed: int) -> tuple[CellBatch, int]:
 def ours(system: str, config: Any, batch: CellBatch, n_genes: int) -> tuple[Step, Any]:
     """scjax's step, and its tokens as numpy arrays."""
     settings = dataclasses.asdict(config)
-    model, mesh = models.build(system, settings, n_genes), make_mesh(MeshConfig(data=1))
+    model, mesh = models.build(system, settings, n_genes), make_mesh(MeshConfig(data=1), jax.devices()[:1])
     tx, _ = make_optimizer(OptimizerConfig(1e-4, schedule="constant", weight_decay=0.01), 1000, model)
     abstract = abstract_state(model, tx, mesh)
     tables = {}
@@ -310,11 +310,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def pin(args: argparse.Namespace) -> None:
+    """XLA takes as many threads as the process may use cores."""
+    if args.device == "cpu" and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+
+
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = arguments(argv)
     jax.config.update("jax_platforms", "cuda" if args.device == "gpu" else "cpu")
-    if args.device == "cpu" and hasattr(os, "sched_setaffinity"):  # XLA takes as many threads as cores
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     if set(args.contestants) - {"scjax"}:
         import torch
 
@@ -324,7 +328,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     for row in args.systems:
         lines.append(race(row, args))
         print(json.dumps(lines[-1]), flush=True)
-        jax.clear_caches()
+        if len(args.systems) > 1:
+            jax.clear_caches()
     Console(width=150).print(table(lines, args))
     if args.device == "gpu":
         print(FORMULA)
@@ -332,4 +337,5 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    pin(arguments(None))
     main()

@@ -1,0 +1,42 @@
+"""The tool that races training steps: its scjax side, at the smallest size."""
+
+import json
+
+import bench_step
+import numpy as np
+import pytest
+
+
+def test_a_row_of_the_table(capsys):
+    (line,) = bench_step.main(
+        "--contestants scjax --systems geneformer --size smoke --cells 2 --rounds 1 --warm-up 1".split()
+    )
+    printed = capsys.readouterr().out
+    assert json.loads(printed.splitlines()[0]) == line
+    assert line["system"] in printed.splitlines()[-2]
+    assert line["cells_per_s"]["scjax"] > 0 and line["ratio"] == {}
+    assert 0 < line["padding"] < 0.2  # cells of about one length
+    assert np.isfinite(line["loss"]["scjax"])
+
+
+def test_ratios_are_taken_round_by_round():
+    seconds = {"scjax": [1.0, 10.0, 2.0], "tuned": [2.0, 20.0, 6.0]}
+    assert bench_step.ratios(seconds) == {"tuned": 2.0}
+
+
+def test_operations_of_one_dense_layer():
+    """Six for each weight and token, 12 d n for the attention of a token, the head at hidden tokens."""
+    from types import SimpleNamespace
+
+    config = SimpleNamespace(d_model=8, d_ff=16, n_layers=1)
+    real, hidden = np.ones((1, 10), bool), np.zeros((1, 3), bool)
+    hidden[0, 0] = True
+    tokens = SimpleNamespace(real=real, hidden=hidden)
+    expected = 10 * (6 * (4 * 64 + 2 * 128) + 12 * 8 * 10) + 6 * (64 + 8 * 100)
+    assert bench_step.operations("geneformer", config, 100, tokens) == expected
+
+
+def test_what_it_does_not_know_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench_step.main(["--systems", "scgtp"])
+    assert "scgtp" in capsys.readouterr().err
