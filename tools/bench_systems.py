@@ -74,11 +74,12 @@ def main() -> None:
         pretrain_overlap="cell",
         progress=True,
     )
+    results.to_jsonl(args.runs / "results.jsonl")
     results.report(args.runs / "report.html", title="The five systems, a minute of training each")
     scores = results.to_frame()
     scores = scores[(scores["metric"] == "macro_f1") & (scores["head"] == "logistic")]
     own = scores[scores["versus"] == ""].groupby("model_id")["value"].mean()
-    gains = scores[scores["versus"] == "random_init"]
+    gains = scores[scores["versus_role"] == "random-initialised twin"]
     print(
         "| system | parameters | masked error | no information | probe | random twin | gain, each direction |"
     )
