@@ -19,12 +19,16 @@ system and a table. Needs the extra "parity" but for ``--contestants scjax``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import os
 import pathlib
+import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -280,6 +284,41 @@ def table(lines: list[dict[str, Any]], args: argparse.Namespace) -> Table:
     return out
 
 
+def markdown(lines: list[dict[str, Any]], args: argparse.Namespace, command: str) -> str:
+    """The page of a run: command, versions, table, what the contestants are."""
+    packages = ("jax", "torch", "transformers", "performer-pytorch", "scgpt")
+    versions = []
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+    out = table(lines, args)
+    cells = [list(column.cells) for column in out.columns]
+    rows = ["| " + " | ".join(map(str, row)) + " |" for row in zip(*cells, strict=True)]
+    heads = "| " + " | ".join(str(column.header) for column in out.columns) + " |"
+    threads = f"{args.threads} threads each" if args.device == "cpu" else jax.devices()[0].device_kind
+    about = __doc__.split("\n\n", 2)[2].strip()
+    return "\n".join(
+        [
+            "# One training step, beside PyTorch",
+            "",
+            f"    {command}",
+            "",
+            f"{platform.machine()}, {threads}; Python {platform.python_version()}, {', '.join(versions)}; "
+            f"{args.rounds} rounds. Absolute rates are of one machine: read ratios.",
+            "",
+            heads,
+            "|" + "---|" * len(out.columns),
+            *rows,
+            "",
+            *(f"{row}: no original, {why}." for row, why in NO_ORIGINAL.items()),
+            "",
+            about,
+            "",
+            *([FORMULA, ""] if args.device == "gpu" else []),
+        ]
+    )
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -300,7 +339,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="torch.compile; by default on a GPU only"
     )
-    parser.add_argument("--markdown", type=pathlib.Path, help="append the table to this file")
+    parser.add_argument(
+        "--markdown", type=pathlib.Path, help="write the table to this file, with what made it"
+    )
     args = parser.parse_args(argv)
     for given, known in ((args.systems, ROWS), (args.contestants, CONTESTANTS)):
         if unknown := set(given) - set(known):
@@ -333,6 +374,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     Console(width=150).print(table(lines, args))
     if args.device == "gpu":
         print(FORMULA)
+    if args.markdown:
+        command = " ".join(["python tools/bench_step.py", *(sys.argv[1:] if argv is None else argv)])
+        args.markdown.write_text(markdown(lines, args, command))
     return lines
 
 
