@@ -58,6 +58,14 @@ def from_config(cls: type[T], mapping: Mapping[str, Any], where: str = "config")
     return cls(**{key: _check(value, hints[key], f"{where}.{key}") for key, value in given.items()})
 
 
+def within(config: Any, **bounds: tuple[float, float]) -> None:
+    """Raises ConfigError naming the first field of ``config`` that lies outside its (lowest, highest)."""
+    for name, (low, high) in bounds.items():
+        if not low <= getattr(config, name) <= high:
+            allowed = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
+            raise ConfigError(f"model.{name} = {getattr(config, name)}; it must be {allowed}")
+
+
 def _check(value: Any, hint: Any, where: str) -> Any:
     """``value`` as the type ``hint`` asks for, converted only where nothing is lost."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)

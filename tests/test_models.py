@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 
 from scjax import models
-from scjax.config import ConfigError
+from scjax.config import ConfigError, from_config
 from scjax.encoding import mask_genes, row_keys
 from scjax.nn import Buffer, abstract, bind, buffers_of, initialise
+from scjax.train import RunConfig, decay_mask
 from scjax.types import CellBatch
 
 GENES, SLOTS = 60, 48
@@ -239,6 +240,42 @@ class TestErrors:
     def test_bad_values(self, changes, message):
         with pytest.raises(ValueError, match=message):
             models.build("scgpt", {**TINY["scgpt"], **changes}, GENES)
+
+
+@pytest.mark.parametrize(
+    "system, changes, message",
+    [
+        ("geneformer", {"dropout": 1.0}, "model.dropout = 1.0; it must be from 0 to 0.99"),
+        ("celllm", {"dropout": -0.5}, "model.dropout"),
+        ("scbert", {"redraw_every": -5}, "model.redraw_every = -5; it must be at least 0"),
+        ("scfoundation", {"thinning": 3.0}, "model.thinning"),
+        ("scfoundation", {"thinning_beta": (0.0, 1.0)}, "thinning_beta"),
+        ("celllm", {"label": "disease", "tumour_codes": (-1,)}, "codes count from 0"),
+    ],
+)
+def test_values_out_of_range(system, changes, message):
+    with pytest.raises(ValueError, match=message):
+        models.build(system, TINY[system] | changes, GENES)
+
+
+@pytest.mark.parametrize("system", sorted(models.SYSTEMS))
+def test_a_sample_of_genes_is_for_those_that_can_read_one(system):
+    config = {"system": system, "model": {}, "data": {"corpus": "x", "batch_size": 8, "max_genes": 100},
+              "optimizer": {"learning_rate": 1.0}, "train": {"steps": 1}}  # fmt: skip
+    if system in ("scgpt", "geneformer"):
+        from_config(RunConfig, config)
+    else:
+        with pytest.raises(ConfigError, match="reads all genes of a cell"):
+            from_config(RunConfig, config)
+
+
+@pytest.mark.parametrize("system", sorted(models.SYSTEMS))
+def test_tables_that_are_looked_up_do_not_decay(system):
+    mask = decay_mask(models.build(system, TINY[system], GENES))
+    for path, decays in jax.tree_util.tree_leaves_with_path(mask):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert decays == name.endswith("/kernel"), name
+    assert not any(jax.tree.leaves(mask["gene"]))
 
 
 def test_module_round_trip():

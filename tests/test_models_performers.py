@@ -314,9 +314,8 @@ class TestCellLM:
         expected = -np.log([1 - p[0], p[1], 1 - p[2], p[3]]).sum()
         np.testing.assert_allclose(sums["tumour"], expected, rtol=1e-5)
         assert float(weights["tumour"]) == 4
-        without = batch.replace(label={})
-        (sums, weights, _), _ = method(model, "loss")(state, without, key())
-        assert float(sums["tumour"]) == float(weights["tumour"]) == 0
+        with pytest.raises(ValueError, match="model.label is 'disease'.*name it in data.labels"):
+            method(model, "loss")(state, batch.replace(label={}), key())
 
     @pytest.mark.parametrize(
         "changes, told",

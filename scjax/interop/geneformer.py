@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import pathlib
 import pickle
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -279,14 +280,19 @@ def write(directory: str | pathlib.Path, model: Any) -> list[pathlib.Path]:
     fields = {"n_heads": c.n_heads, "specials": c.specials, "n_outputs": c.n_outputs, "head": c.head}
     variables = {"params": model.params, "buffers": model.buffers}
     tensors = export_tensors(rules(fields, len(vocabulary)), variables)
-    median = np.asarray(model.buffers["median"])
+    median, times = np.asarray(model.buffers["median"]), Counter(vocabulary.symbols)
     dictionaries: dict[str, dict[str, Any]] = {
         "token_dictionary": {name: i for i, name in enumerate((*specials, *vocabulary.ids))},
         "gene_median_dictionary": {
             gene: float(m) for gene, m in zip(vocabulary.ids, median, strict=True) if m > 0 and np.isfinite(m)
         },
         "ensembl_mapping_dict": {gene: gene for gene in vocabulary.ids},
-        "gene_name_id_dict": dict(zip(vocabulary.symbols, vocabulary.ids, strict=True)),
+        # a symbol that several genes have names none of them
+        "gene_name_id_dict": {
+            symbol: gene
+            for symbol, gene in zip(vocabulary.symbols, vocabulary.ids, strict=True)
+            if times[symbol] == 1
+        },
     }
     folder = pathlib.Path(directory)
     folder.mkdir(parents=True, exist_ok=True)

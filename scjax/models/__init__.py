@@ -8,6 +8,9 @@ A model is an ``nnx.Module`` with
   module's :class:`~scjax.nn.Buffer` variables; ``deterministic`` (set by ``.eval()``) turns dropout off;
 - ``embed(batch) -> float32 [B, D]``.
 
+Optional: ``WHOLE_CELLS = True`` for one that must not be given a sample of a cell's genes
+(``data.max_genes``); ``tables(config)`` for values of genes from outside, see ``scjax.train.gene_tables``.
+
 Training, evaluation and the API know nothing else of a model.
 """
 

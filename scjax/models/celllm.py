@@ -11,6 +11,7 @@ The authors released the network, not the pretraining: what their paper does not
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from scjax.config import within
 from scjax.encoding import (
     hidden_capacity,
     hidden_first,
@@ -70,12 +72,13 @@ class CellLMConfig:
       replace_fraction: share of the hidden tokens that are shown as PAD; the others as they are (inferred:
         scBERT's).
       label: column of labels that tell tumour from normal tissue; "" leaves this objective out. A cell with
-        an unknown label, or a corpus without the column, has no part in it.
+        an unknown label has no part in it. ``data.labels`` must name the column too.
       tumour_codes: codes of ``label`` that mean a tumour; the others mean normal tissue.
       contrast_weight: weight of the contrast; 0 leaves it out. The weights of the others are 1 (inferred).
       temperature: of the contrast (inferred: SimCSE's).
       parts: how many parts of a batch are encoded one after the other, at the memory of one; the gradient
-        is that of the whole batch. See :func:`scjax.objectives.divide_and_conquer`.
+        is that of the whole batch. See :func:`scjax.objectives.divide_and_conquer`. ``train.accumulate`` is
+        no substitute: it would contrast the cells of each micro-batch among themselves.
       n_outputs: outputs of the published annotation head, which takes the place of the bins'; 0 for none.
       remat: see :class:`scjax.nn.layers.Stack`.
       dtype: "float32" or "bfloat16", of activations; parameters are float32.
@@ -105,6 +108,8 @@ class CellLMConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
+        within(self, dropout=(0, 0.99), redraw_every=(0, math.inf), n_outputs=(0, math.inf))
+        within(self, contrast_weight=(0, math.inf))
         if not (0 < self.mask_fraction < 1 and 0 <= self.replace_fraction <= 1):
             raise ValueError(
                 f"mask_fraction = {self.mask_fraction} must lie between 0 and 1, replace_fraction = "
@@ -119,6 +124,10 @@ class CellLMConfig:
         if self.temperature <= 0 or self.parts < 1:
             raise ValueError(
                 f"temperature = {self.temperature} must be positive and parts = {self.parts} at least 1"
+            )
+        if min(self.tumour_codes, default=0) < 0:
+            raise ValueError(
+                f"tumour_codes = {self.tumour_codes}: codes count from 0; -1 is an unknown label"
             )
         if bool(self.label) != bool(self.tumour_codes):
             raise ValueError(
@@ -152,6 +161,8 @@ class CellLM(nnx.Module):
       config: hyper-parameters.
       n_genes: size of the vocabulary. Ids n_genes and n_genes + 1 of the gene embedding are CLS and padding.
     """
+
+    WHOLE_CELLS = True  # library size and depths are sums over all genes of the vocabulary
 
     def __init__(self, config: CellLMConfig, n_genes: int, *, rngs: nnx.Rngs):
         c, d = config, config.d_model
@@ -320,7 +331,12 @@ class CellLM(nnx.Module):
     def discriminate(self, cells_BVE: Array, batch: CellBatch) -> tuple[Array, Array]:
         """Binary cross-entropy of tumour against normal, from each view, over the cells of known label."""
         c = self.config
-        code = batch.label.get(c.label, jnp.full_like(batch.row, -1, jnp.int32))
+        if c.label not in batch.label:
+            raise ValueError(
+                f"model.label is {c.label!r}, but batches carry the labels {sorted(batch.label)}; name it "
+                "in data.labels too"
+            )
+        code = batch.label[c.label]
         weight = ((code >= 0) * batch.weight)[:, None]
         logit = self.tumour(cells_BVE)[..., 0]
         sign = jnp.where(jnp.isin(code, jnp.asarray(c.tumour_codes)), 1.0, -1.0)[:, None]

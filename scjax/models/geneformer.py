@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from scjax.config import within
 from scjax.encoding import gene_uniform, rank_genes, row_keys
 from scjax.nn.attention import Backend
 from scjax.nn.embedder import GeneEmbedder, GeneTable
@@ -76,6 +77,7 @@ class GeneformerConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
+        within(self, dropout=(0, 0.99), n_outputs=(0, math.inf))
         if not 0 < self.mask_fraction < 1:
             raise ValueError(f"mask_fraction = {self.mask_fraction} must lie between 0 and 1")
         if not -self.n_layers <= self.embed_layer <= 0:
@@ -281,12 +283,15 @@ class Geneformer(nnx.Module):
         )
 
     def log_frequency(self) -> Array:
-        """float32 [V]: log of the share of each token in the batches seen so far, each token once more."""
-        count = self.token_count[...] + 1.0
-        return jnp.log(count / count.sum())
+        """float32 [V]: log of the share of each token in the batches seen so far, each that may
+        be hidden once more."""
+        may_be = self.n_tokens if self.config.maskable_specials else self.n_genes
+        count = self.token_count[...] + (jnp.arange(self.n_tokens) < may_be)
+        return jnp.log(jnp.maximum(count, 1e-9) / count.sum())
 
     def _update_token_count(self, token: Array, weight: Array) -> None:
-        seen = (token != self.pad) * weight[:, None]
+        may_be = token != self.pad if self.config.maskable_specials else token < self.n_genes
+        seen = may_be * weight[:, None]
         count = self.token_count[...].at[token].add(seen)
         # float32 cannot count past 2**24: where a count nears it, all batches so far weigh half as much
         self.token_count[...] = jnp.where(count.max() > 2**23, 0.5, 1.0) * count

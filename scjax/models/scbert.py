@@ -8,6 +8,7 @@ over all genes and one token more that stands for the cell. Loss: the bins of th
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from scjax.config import within
 from scjax.encoding import hidden_capacity, hidden_first, log2_bins, replace_hidden, row_keys, to_all_genes
 from scjax.nn.embedder import GeneEmbedder, GeneTable
 from scjax.nn.heads import GeneMapHead
@@ -66,6 +68,7 @@ class ScBERTConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
+        within(self, dropout=(0, 0.99), redraw_every=(0, math.inf), n_outputs=(0, math.inf))
         if not (0 < self.mask_fraction < 1 and 0 <= self.replace_fraction <= 1):
             raise ValueError(
                 f"mask_fraction = {self.mask_fraction} must lie between 0 and 1, replace_fraction = "
@@ -105,6 +108,8 @@ class ScBERT(nnx.Module):
       config: hyper-parameters.
       n_genes: size of the vocabulary G.
     """
+
+    WHOLE_CELLS = True  # library size and depths are sums over all genes of the vocabulary
 
     def __init__(self, config: ScBERTConfig, n_genes: int, *, rngs: nnx.Rngs):
         c, d = config, config.d_model

@@ -9,6 +9,7 @@ outputs stand at the genes it saw. Loss: the values of the hidden genes as they 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from scjax.config import within
 from scjax.encoding import (
     depth_token,
     gene_uniform,
@@ -109,6 +111,10 @@ class ScFoundationConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
+        within(self, dropout=(0, 0.99), redraw_every=(0, math.inf), n_outputs=(0, math.inf))
+        within(self, thinning=(0, 1), n_bins=(2, math.inf))
+        if min(self.thinning_beta) <= 0:
+            raise ValueError(f"thinning_beta = {self.thinning_beta}: both must be positive")
         if not (0 < self.mask_fraction < 1 and 0 <= self.zero_mask_fraction < 1):
             raise ValueError(
                 f"mask_fraction = {self.mask_fraction} must lie between 0 and 1, zero_mask_fraction = "
@@ -161,6 +167,8 @@ class ScFoundation(nnx.Module):
       n_genes: size of the vocabulary. Ids n_genes, n_genes + 1 and n_genes + 2 of the gene embedding are
         T, S and padding, as upstream appends them.
     """
+
+    WHOLE_CELLS = True  # library size and depths are sums over all genes of the vocabulary
 
     def __init__(self, config: ScFoundationConfig, n_genes: int, *, rngs: nnx.Rngs):
         c, d = config, config.d_model

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from scjax.config import ConfigError
+from scjax.models import resolve
 from scjax.parallel import MeshConfig
 from scjax.train.optimizer import OptimizerConfig
 
@@ -92,3 +93,10 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
     tables: dict[str, str | None] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.data.max_genes is not None and getattr(resolve(self.system)[0], "WHOLE_CELLS", False):
+            raise ConfigError(
+                f"data.max_genes is {self.data.max_genes}, but {self.system} reads all genes of a cell: "
+                "those left out would pass for not expressed. Where the model needs a limit it has one of its own"
+            )

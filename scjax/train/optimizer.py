@@ -120,17 +120,15 @@ def _cosine_restarts(config: OptimizerConfig, steps: int) -> Schedule:
 def decay_mask(model: Abstract) -> dict[str, Any]:
     """True for each parameter that weight decay applies to, in the structure of the parameters.
 
-    Decayed are matrices that multiply activations. Not decayed are biases, scales of norms and whatever
-    else has one dimension (not counting that of stacked layers), because they hold no direction that
-    could grow without bound; and tables that are looked up (first axis "vocab", or named "embedding"):
-    decay would act on every row at every step and wear away the rows of rare genes, which have a
-    gradient only where the gene occurs.
+    Decayed are matrices that multiply activations: what Flax calls "kernel". Not decayed are biases and
+    scales of norms, because they hold no direction that could grow without bound; and tables that are
+    looked up (genes, ranks, bins): decay would act on every row at every step and wear away the rows that
+    seldom have a gradient.
     """
 
     def decayed(path: tuple[Any, ...], leaf: Any, axes: tuple[str | None, ...]) -> bool:
         own = [axis for axis in axes if axis != "layers"]
-        name = str(getattr(path[-1], "key", path[-1]))
-        return len(own) >= 2 and own[0] != "vocab" and name not in ("bias", "scale", "embedding")
+        return len(own) >= 2 and str(getattr(path[-1], "key", path[-1])) == "kernel"
 
     shapes, axes = shapes_of(model)["params"], axes_of(model)["params"]
     return jax.tree_util.tree_map_with_path(decayed, shapes, axes)

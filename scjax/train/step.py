@@ -3,6 +3,7 @@
 Losses arrive as (sum, weight), or as dicts of them with one entry per objective; what is minimised is the sum
 over the objectives of sum / weight. Sums are added over micro-batches and devices and divided once, so that a
 step is the same however a batch is cut, although cells differ in how many masked genes they contribute.
+Objectives between the cells of a batch (contrast, cell similarity, batch normalisation) see one micro-batch.
 """
 
 from __future__ import annotations
