@@ -98,5 +98,5 @@ class RunConfig:
         if self.data.max_genes is not None and getattr(resolve(self.system)[0], "WHOLE_CELLS", False):
             raise ConfigError(
                 f"data.max_genes is {self.data.max_genes}, but {self.system} reads all genes of a cell: "
-                "those left out would pass for not expressed. Where the model needs a limit it has one of its own"
+                "those left out would pass for not expressed. A model that needs a limit has its own"
             )
