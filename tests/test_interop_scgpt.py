@@ -135,14 +135,40 @@ def test_special_tokens_that_the_vocabulary_lacks_come_last(folder, model):
     assert_same(scjax.import_pretrained("scgpt", folder), model)
 
 
-def test_values_at_another_scale_come_back_as_bins(tmp_path):
-    """The scale moves into the layers: the imported model reads bins and gives the same embedding."""
-    model = model_of(value_scale=1 / 50)
+@pytest.mark.parametrize("objective", ["generative", "masked"])
+def test_values_at_another_scale_come_back_as_bins(objective, tmp_path):
+    """The scale moves into the layers: the imported model reads bins and computes the same, for cells with
+    hidden genes too."""
+    model = model_of(value_scale=1 / 50, objective=objective)
     scjax.export_pretrained(model, tmp_path / "out", format="scgpt")
     (tmp_path / "out" / "best_model.pt").unlink(missing_ok=True)
     found = scjax.import_pretrained("scgpt", tmp_path / "out")
     assert found.config.get("value_scale", 1.0) == 1.0 and found.config["cls_value"] == -100
+    assert found.config["mask_value"] == -50
     np.testing.assert_allclose(found.module.embed(batch_of()), model.module.embed(batch_of()), atol=2e-6)
+    outputs = []
+    for module, scale in ((model.module, 1.0), (found.module, 1 / 50)):
+        tokens = module.encode(batch_of(), jax.random.key(0))
+        cell, genes = module(tokens)
+        value, _ = module.decoder(genes)
+        prompted, _ = module.mvc(module.gene_embedding(tokens.gene_id), cell)
+        used = tokens.gene_id >= 0  # what comes out at padding is read by nothing
+        outputs.append((cell, genes[used], scale * value[used], scale * prompted[used]))
+        assert tokens.hidden.any(1).all()
+    for a, b in zip(*outputs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective, cls_value", [("generative", -2.0), ("masked", 0.0)])
+def test_files_that_do_not_tell_the_value_of_cls(objective, cls_value, tmp_path):
+    """Those of scGPT itself: the value is that of padding in pretraining and 0 in fine-tuning."""
+    scjax.export_pretrained(model_of(objective=objective), tmp_path / "out", format="scgpt")
+    (tmp_path / "out" / "best_model.pt").unlink(missing_ok=True)
+    edit(
+        tmp_path / "out" / "args.json", lambda args: [args.pop(name) for name in ("cls_value", "mask_value")]
+    )
+    config = scjax.import_pretrained("scgpt", tmp_path / "out").config
+    assert config["cls_value"] == cls_value and config["mask_value"] == -1
 
 
 class TestErrors:

@@ -412,6 +412,27 @@ class TestHeads:
         n = (np.asarray(tokens.gene_id) >= 0).sum(1) + 1
         assert float(weight) == np.floor(n * 0.5 + 1e-4).sum()
 
+    def test_no_hidden_gene_is_left_out_where_cls_may_be_hidden(self):
+        """Of CLS and 9 genes 4 are hidden, so 4 genes where CLS is not: more than 0.4 of 9."""
+        model, state = masked(mask_cls=True, mask_fractions=(0.4,), max_length=10, dropout=0.0)
+        batch, key = batch_of(50), jax.random.key(0)
+
+        @jax.jit
+        def by_hand():
+            module = bind(model, **state)
+            tokens = module.encode(batch, jax.random.split(key)[0])
+            cell, genes = module(tokens)
+            of_cls = masked_mse(module.decoder(cell)[0], module.config.cls_value, tokens.cls_hidden)[0]
+            return tokens.hidden.sum(1), of_cls + masked_mse(
+                module.decoder(genes)[0], tokens.target, tokens.hidden
+            )[0]
+
+        hidden, expected = by_hand()
+        assert set(hidden.tolist()) == {3, 4}
+        (_, weight, metrics), _ = jitted(model, state, "loss")(batch, key)
+        assert float(weight) == 4 * 50
+        np.testing.assert_allclose(metrics["masked_mse"][0], expected, rtol=1e-5)
+
     def test_random_genes_for_an_embedding_depend_on_the_row(self):
         batch = batch_of()
         other = batch.replace(row=batch.row + np.uint32(1))

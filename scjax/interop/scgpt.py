@@ -22,7 +22,7 @@ from scjax.genes import Vocabulary
 from scjax.interop.files import read_json, read_tensors
 from scjax.interop.mapping import Rule, attention_out, dense, export_tensors, norm, one, qkv
 from scjax.interop.source import Source
-from scjax.models.scgpt import MASK_VALUE, PAD_VALUE, ScGPTConfig
+from scjax.models.scgpt import PAD_VALUE, ScGPTConfig
 
 SPECIALS = ("<pad>", "<cls>", "<eoc>")  # our order, which is that of the released files
 WEIGHTS = ("best_model.pt", "model.safetensors", "best_model.safetensors")
@@ -140,7 +140,8 @@ def settings(
         "n_bins": int(args.get("n_bins", ScGPTConfig.n_bins)),
         "zeros": zeros,
         "zero_probability": zeros,
-        "cls_value": pad if generative else 0.0,
+        "cls_value": float(args.get("cls_value", pad if generative else 0.0)),
+        "mask_value": float(args.get("mask_value", ScGPTConfig.mask_value)),
         "objective": "generative" if generative else "masked",
         "mvc_weight": float(has("mvc_decoder.")),
         "n_batches": max(domains, *batches),
@@ -153,9 +154,10 @@ def settings(
     ratios = ratios if isinstance(ratios, (list, tuple)) else (ratios,)
     if ratios := tuple(float(r) for r in ratios if 0 < float(r) < 1):
         config["mask_fractions"] = ratios
-    how = "pretraining" if generative else "fine-tuning"
+    how = "in scGPT's pretraining" if generative else "in scGPT's fine-tuning"
+    how = "the file says" if "cls_value" in args else how
     notes = [
-        f'objective "{config["objective"]}"; CLS has the value {config["cls_value"]:g} as in scGPT\'s {how}',
+        f'objective "{config["objective"]}"; CLS has the value {config["cls_value"]:g} as {how}',
         "queries, keys and values are listed below as self_attn.in_proj_",
     ]
     return config, notes
@@ -281,9 +283,10 @@ def write(directory: str | pathlib.Path, model: Any) -> None:
         "n_bins": config.n_bins,
         "max_seq_len": config.max_length,
         "mask_ratio": list(config.mask_fractions),
-        "mask_value": MASK_VALUE / scale,
+        "mask_value": config.mask_value / scale,
         "pad_token": SPECIALS[0],
         "pad_value": padding / scale,
+        "cls_value": config.cls_value / scale,  # ours: scGPT's own code gives CLS what its caller does
         "MVC": bool(config.mvc_weight),
         "USE_GENERATIVE_TRAINING": generative,
         "training_tasks": "both" if generative else "pcpt",

@@ -40,7 +40,6 @@ from scjax.objectives import (
 )
 from scjax.types import CellBatch
 
-MASK_VALUE = -1.0
 PAD_VALUE = -2.0
 MAX_VALUE = 512.0
 
@@ -63,7 +62,7 @@ class ScGPTConfig:
         and before they are targets. 1 as published; 1 / n_bins suits training from scratch.
       zeros: genes that a cell does not express are tokens too, of value 0, as in upstream's fine-tuning;
         for vocabularies of about ``max_length`` genes.
-      cls_value: value of the CLS token: that of padding in upstream's pretraining, 0 in its fine-tuning.
+      cls_value, mask_value: of CLS (upstream: padding's in pretraining, 0 in fine-tuning), of hidden genes.
       objective: "generative" or "masked", see above.
       mask_fractions: share of a cell's genes that is unknown. "generative" draws one for all cells of a
         step (evaluation takes the middle one), "masked" one for each cell.
@@ -101,6 +100,7 @@ class ScGPTConfig:
     value_scale: float = 1.0
     zeros: bool = False
     cls_value: float = PAD_VALUE
+    mask_value: float = -1.0
     objective: Literal["generative", "masked"] = "generative"
     mask_fractions: tuple[float, ...] = (0.25, 0.5, 0.75)
     project_unknown: bool = False
@@ -149,7 +149,7 @@ class Tokens:
 
     Attributes:
       gene_id: int32 [B, N]; -1 where padded.
-      value: float32 [B, N], what the network is shown: the value, or MASK_VALUE.
+      value: float32 [B, N], what the network is shown: the value, or ``mask_value``.
       target: float32 [B, N], the true value.
       hidden: bool [B, N].
       fraction: which of ``mask_fractions`` is unknown in "generative" tokens: the first
@@ -240,7 +240,7 @@ class ScGPT(nnx.Module):
             alone = self.deterministic or count == 1
             drawn = count // 2 if alone else jax.random.randint(share, (), 0, count)
             gene_id, target, hidden = split_unknown(batch.gene_id, target, n, c.mask_fractions, drawn, choice)
-            return Tokens(gene_id, jnp.where(hidden, MASK_VALUE, target), target, hidden, drawn)
+            return Tokens(gene_id, jnp.where(hidden, c.mask_value, target), target, hidden, drawn)
 
         gene_id, target = select_genes(batch.gene_id, target, n, choice)
         fractions = jnp.asarray(c.mask_fractions, jnp.float32)
@@ -252,7 +252,7 @@ class ScGPT(nnx.Module):
         # slots have no order of their own: with the hidden genes first, the heads can skip the rest
         slot = jnp.argsort(~hidden, axis=-1)
         gene_id, target, hidden = (jnp.take_along_axis(x, slot, axis=-1) for x in (gene_id, target, hidden))
-        return Tokens(gene_id, jnp.where(hidden, MASK_VALUE, target), target, hidden, None, cls_hidden)
+        return Tokens(gene_id, jnp.where(hidden, c.mask_value, target), target, hidden, None, cls_hidden)
 
     # --------------------------------------------------------------- network
     def gene_embedding(self, gene_id: Array) -> Array:
@@ -275,7 +275,7 @@ class ScGPT(nnx.Module):
         cls_id = jnp.full_like(gene_id[:, :1], self.n_genes + 1)
         cls_value = jnp.full_like(value[:, :1], c.cls_value)
         if tokens.cls_hidden is not None:
-            cls_value = jnp.where(tokens.cls_hidden[:, None], MASK_VALUE, cls_value)
+            cls_value = jnp.where(tokens.cls_hidden[:, None], c.mask_value, cls_value)
         gene_id = jnp.concatenate([gene_id[:, :unknown], cls_id, gene_id[:, unknown:]], axis=1)
         value = jnp.concatenate([cls_value, value[:, unknown:]], axis=1)
         gene, valid = self.gene_embedding(gene_id), gene_id >= 0
@@ -390,10 +390,10 @@ class ScGPT(nnx.Module):
         c = self.config
         own = slice(0, unknown)
         if c.objective == "masked":
-            room = unknown_room(tokens.gene_id.shape[1], max(c.mask_fractions))
-            own = slice(0 if c.mask_cls else 1, max(room, 1) + 1)
-        n = own.stop - own.start
-        target, mask = target[:, :n], mask[:, :n]
+            n = tokens.gene_id.shape[1]
+            room = min(unknown_room(n + c.mask_cls, max(c.mask_fractions)), n)
+            own = slice(1 - c.mask_cls, max(room, 1) + 1)
+        target, mask = (x[:, : own.stop - own.start] for x in (target, mask))
         told = self.batch_vector(self._batch_of(batch)) if c.batch_decoder else None
         sums: dict[str, Array] = {}
 
