@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+INF = float("inf")
 
 
 class ConfigError(ValueError):
@@ -62,7 +63,7 @@ def within(config: Any, **bounds: tuple[float, float]) -> None:
     """Raises ConfigError naming the first field of ``config`` that lies outside its (lowest, highest)."""
     for name, (low, high) in bounds.items():
         if not low <= getattr(config, name) <= high:
-            allowed = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
+            allowed = f"at least {low:g}" if high == INF else f"from {low:g} to {high:g}"
             raise ConfigError(f"model.{name} = {getattr(config, name)}; it must be {allowed}")
 
 

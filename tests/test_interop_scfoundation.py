@@ -47,8 +47,8 @@ def variables(seed):
     rng = np.random.default_rng(seed)
     draw = lambda s: rng.integers(5, size=s.shape) if "int" in s.dtype.name else rng.normal(size=s.shape)  # noqa: E731
     out = {kind: _map(draw, tree) for kind, tree in shapes.items()}
-    for name in ("target_sum", "target_count"):
-        out["buffers"][name] = np.zeros(GENES)
+    for name in ("total", "count"):
+        out["buffers"]["gene_mean"][name] = np.zeros(GENES)
     return out
 
 

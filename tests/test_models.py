@@ -245,6 +245,7 @@ class TestErrors:
 @pytest.mark.parametrize(
     "system, changes, message",
     [
+        ("scgpt", {"n_bins": 2}, "model.n_bins = 2; it must be at least 3"),
         ("geneformer", {"dropout": 1.0}, "model.dropout = 1.0; it must be from 0 to 0.99"),
         ("celllm", {"dropout": -0.5}, "model.dropout"),
         ("scbert", {"redraw_every": -5}, "model.redraw_every = -5; it must be at least 0"),

@@ -58,7 +58,7 @@ def fresh():
 def imported(source):
     model = models.build("scfoundation", CONFIG, GENES)
     tensors = part(source(), "weights/")
-    nothing = dict.fromkeys(("buffers/target_sum", "buffers/target_count"), np.zeros(GENES))
+    nothing = dict.fromkeys(("buffers/gene_mean/total", "buffers/gene_mean/count"), np.zeros(GENES))
     ignored = interop.IGNORED | {r"norm\.num_batches_tracked": "a counter of torch"}
     variables, account = import_tensors(
         interop.rules(CONFIG, GENES), tensors, shapes_of(model), ignored, nothing

@@ -85,7 +85,7 @@ def read(
     ):
         if name in theirs:
             config[ours] = theirs[name]
-    nothing = {name: np.zeros(n_genes, np.float32) for name in ("target_sum", "target_count")}
+    nothing = {name: np.zeros(n_genes, np.float32) for name in ("gene_mean/total", "gene_mean/count")}
     notes = [
         f"model {which!r} of {path.name}, which holds {', '.join(models)}",
         told,

@@ -11,7 +11,6 @@ The authors released the network, not the pretraining: what their paper does not
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from scjax.config import within
+from scjax.config import INF, within
 from scjax.encoding import (
     hidden_capacity,
     hidden_first,
@@ -108,8 +107,8 @@ class CellLMConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        within(self, dropout=(0, 0.99), redraw_every=(0, math.inf), n_outputs=(0, math.inf))
-        within(self, contrast_weight=(0, math.inf))
+        within(self, dropout=(0, 0.99), redraw_every=(0, INF), n_outputs=(0, INF))
+        within(self, contrast_weight=(0, INF))
         if not (0 < self.mask_fraction < 1 and 0 <= self.replace_fraction <= 1):
             raise ValueError(
                 f"mask_fraction = {self.mask_fraction} must lie between 0 and 1, replace_fraction = "

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from scjax.config import within
+from scjax.config import INF, within
 from scjax.encoding import gene_uniform, rank_genes, row_keys
 from scjax.nn.attention import Backend
 from scjax.nn.embedder import GeneEmbedder, GeneTable
@@ -77,7 +77,7 @@ class GeneformerConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        within(self, dropout=(0, 0.99), n_outputs=(0, math.inf))
+        within(self, dropout=(0, 0.99), n_outputs=(0, INF))
         if not 0 < self.mask_fraction < 1:
             raise ValueError(f"mask_fraction = {self.mask_fraction} must lie between 0 and 1")
         if not -self.n_layers <= self.embed_layer <= 0:

@@ -8,7 +8,6 @@ over all genes and one token more that stands for the cell. Loss: the bins of th
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from scjax.config import within
+from scjax.config import INF, within
 from scjax.encoding import hidden_capacity, hidden_first, log2_bins, replace_hidden, row_keys, to_all_genes
 from scjax.nn.embedder import GeneEmbedder, GeneTable
 from scjax.nn.heads import GeneMapHead
@@ -68,7 +67,7 @@ class ScBERTConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        within(self, dropout=(0, 0.99), redraw_every=(0, math.inf), n_outputs=(0, math.inf))
+        within(self, dropout=(0, 0.99), redraw_every=(0, INF), n_outputs=(0, INF))
         if not (0 < self.mask_fraction < 1 and 0 <= self.replace_fraction <= 1):
             raise ValueError(
                 f"mask_fraction = {self.mask_fraction} must lie between 0 and 1, replace_fraction = "

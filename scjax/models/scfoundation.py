@@ -9,7 +9,6 @@ outputs stand at the genes it saw. Loss: the values of the hidden genes as they 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from scjax.config import within
+from scjax.config import INF, within
 from scjax.encoding import (
     depth_token,
     gene_uniform,
@@ -31,6 +30,7 @@ from scjax.encoding import (
     to_all_genes,
 )
 from scjax.nn.attention import Backend
+from scjax.nn.baseline import GeneMean
 from scjax.nn.embedder import GeneEmbedder, GeneTable
 from scjax.nn.heads import PooledHead
 from scjax.nn.layers import Block, Remat, Stack, layer_norm, linear
@@ -111,8 +111,8 @@ class ScFoundationConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        within(self, dropout=(0, 0.99), redraw_every=(0, math.inf), n_outputs=(0, math.inf))
-        within(self, thinning=(0, 1), n_bins=(2, math.inf))
+        within(self, dropout=(0, 0.99), redraw_every=(0, INF), n_outputs=(0, INF))
+        within(self, thinning=(0, 1), n_bins=(2, INF))
         if min(self.thinning_beta) <= 0:
             raise ValueError(f"thinning_beta = {self.thinning_beta}: both must be positive")
         if not (0 < self.mask_fraction < 1 and 0 <= self.zero_mask_fraction < 1):
@@ -211,8 +211,7 @@ class ScFoundation(nnx.Module):
         if c.n_outputs:
             self.head = PooledHead(d, 256, c.n_outputs, rngs=rngs)
         self.calls = Buffer(jnp.zeros((), jnp.int32))  # of the training loss: micro-batches seen
-        self.target_sum = Buffer(jnp.zeros(n_genes), axes=("vocab",))
-        self.target_count = Buffer(jnp.zeros(n_genes), axes=("vocab",))
+        self.gene_mean = GeneMean(n_genes)  # of a gene where it was hidden
 
     @staticmethod
     def tables(config: ScFoundationConfig) -> dict[str, str]:
@@ -394,25 +393,8 @@ class ScFoundation(nnx.Module):
         baseline = masked_mse(self.gene_mean(hidden_id), tokens.target, mask)
         if not self.deterministic:
             self.calls[...] = self.calls[...] + 1
-            self._update_gene_mean(hidden_id, tokens.target, mask)
+            self.gene_mean.update(hidden_id, tokens.target, batch.weight)
         return total, weight, {"masked_mse": (total, weight), "gene_mean_mse": baseline}
-
-    def gene_mean(self, gene_id: Array) -> Array:
-        """float32, shape of ``gene_id``: mean value of each gene where it was hidden so far."""
-        overall = self.target_sum[...].sum() / jnp.maximum(self.target_count[...].sum(), 1.0)
-        mean = jnp.where(
-            self.target_count[...] > 0,
-            self.target_sum[...] / jnp.maximum(self.target_count[...], 1.0),
-            overall,
-        )
-        return mean[jnp.maximum(gene_id, 0)]
-
-    def _update_gene_mean(self, gene_id: Array, target: Array, mask: Array) -> None:
-        slot = jnp.maximum(gene_id, 0)
-        # float32 cannot count past 2**24: from 2**20 on, older batches weigh half as much
-        keep = jnp.where(self.target_count[...] > 2**20, 0.5, 1.0)
-        for buffer, new in ((self.target_sum, mask * target), (self.target_count, mask)):
-            buffer[...] = buffer[...] * keep + jnp.zeros(self.n_genes).at[slot].add(new)
 
     # ------------------------------------------------------------- embedding
     def embed(self, batch: CellBatch, target: str | None = None) -> Array:

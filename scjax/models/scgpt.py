@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from scjax.config import INF, within
 from scjax.encoding import bin_quantiles, log1p, mask_genes, normalize_total, row_keys, select_genes
 from scjax.encoding.unknown import split_unknown, unknown_room, with_zeros
 from scjax.encoding.values import Tie
@@ -49,8 +50,7 @@ class ScGPTConfig:
     """The published 51M model; every field may be changed in a config file.
 
     Attributes:
-      d_model, n_heads, n_layers, d_ff, dropout: the transformer.
-      norm: "post" as published, or "pre".
+      d_model, n_heads, n_layers, d_ff, dropout, norm: the transformer; "post" as published, or "pre".
       gene_table: where gene embeddings come from, see :class:`scjax.nn.embedder.GeneTable`.
       max_length: tokens a cell, CLS included; cells with more genes are sampled down in training
         and cut to their most expressed genes for an embedding.
@@ -78,8 +78,7 @@ class ScGPTConfig:
       ecs_weight, ecs_threshold: elastic cell similarity (published: 10 and 0.3 to 0.8); 0 leaves it out.
       pool: cell embedding: "cls", the output at CLS, or "mean" of the outputs of CLS and the known genes.
       n_outputs: of the classification head, which exists if above 0.
-      attention: backend, see :func:`scjax.nn.attention.attention`.
-      remat: see :class:`scjax.nn.layers.Stack`.
+      attention, remat: see :func:`scjax.nn.attention.attention` and :class:`scjax.nn.layers.Stack`.
       dtype: "float32" or "bfloat16", of activations; parameters are float32.
       pool_pads, first_domain, mask_cls, embed_genes: upstream's accidents: padding counts in "mean"; in
         ``batch_norm`` padding and the first cell's batch do; "masked" may hide the value of CLS; "random"
@@ -125,6 +124,7 @@ class ScGPTConfig:
     embed_genes: Literal["top", "random"] = "top"
 
     def __post_init__(self) -> None:
+        within(self, dropout=(0, 0.99), n_bins=(3, INF), mvc_weight=(0, INF), ecs_weight=(0, INF))
         if not self.mask_fractions or not all(0 < f < 1 for f in self.mask_fractions):
             raise ValueError(f"mask_fractions = {self.mask_fractions}: each must lie between 0 and 1")
         if self.max_length < 2:

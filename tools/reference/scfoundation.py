@@ -353,7 +353,7 @@ def full() -> dict[str, Any]:
     del theirs
     config = {"stabiliser": "global"}
     model = build_ours("scfoundation", config, size["n_genes"])
-    nothing = dict.fromkeys(("buffers/target_sum", "buffers/target_count"), np.zeros(size["n_genes"]))
+    nothing = dict.fromkeys(("buffers/gene_mean/total", "buffers/gene_mean/count"), np.zeros(size["n_genes"]))
     rules = interop.rules(config, size["n_genes"])
     variables, _ = import_tensors(rules, tensors, shapes_of(model), interop.IGNORED, nothing)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
