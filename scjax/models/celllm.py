@@ -11,7 +11,7 @@ The authors released the network, not the pretraining: what their paper does not
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from scjax.nn.embedder import GeneEmbedder, GeneTable
 from scjax.nn.heads import GeneMapHead
 from scjax.nn.layers import Remat, Stack, layer_norm, linear
 from scjax.nn.module import Buffer
-from scjax.nn.performer import PadMask, PerformerBlock, Stabiliser, redraw
+from scjax.nn.performer import PadMask, PerformerBlock, Stabiliser, count_call
 from scjax.objectives import (
     count_bins,
     divide_and_conquer,
@@ -202,7 +202,7 @@ class CellLM(nnx.Module):
     @staticmethod
     def tables(config: CellLMConfig) -> dict[str, str]:
         """Values of genes from outside, see :mod:`scjax.train.tables`."""
-        return {} if config.gene_table.kind == "random" else {"gene": "vectors"}
+        return config.gene_table.wanted()
 
     # ---------------------------------------------------------------- encode
     def encode(self, batch: CellBatch, key: Array) -> Tokens:
@@ -285,10 +285,7 @@ class CellLM(nnx.Module):
             raise ValueError("with n_outputs the published head took the place of the bins': no pretraining")
         encode_key, drop_key, redraw_key = jax.random.split(key, 3)
         if not self.deterministic:
-            blocks: Any = self.performer.blocks
-            projection = blocks.attention.projection
-            projection[...] = redraw(projection[...], redraw_key, self.calls[...], c.redraw_every)
-            self.calls[...] = self.calls[...] + 1
+            count_call(self.performer, self.calls, redraw_key, c.redraw_every)
         tokens = self.encode(batch, encode_key)
         n_views = 2 if c.contrast_weight and not self.deterministic else 1
         n = hidden_capacity(tokens.gene_id.shape[1], c.mask_fraction)

@@ -179,8 +179,7 @@ class Geneformer(nnx.Module):
     @staticmethod
     def tables(config: GeneformerConfig) -> dict[str, str]:
         """What a run fills from outside: the medians that counts are divided by, and vectors of genes."""
-        vectors = {} if config.gene_table.kind == "random" else {"gene": "vectors"}
-        return {"median": "median", **vectors}
+        return {"median": "median"} | config.gene_table.wanted()
 
     # ---------------------------------------------------------------- encode
     def sequence(self, batch: CellBatch) -> Array:

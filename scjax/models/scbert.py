@@ -8,7 +8,7 @@ over all genes and one token more that stands for the cell. Loss: the bins of th
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from scjax.nn.embedder import GeneEmbedder, GeneTable
 from scjax.nn.heads import GeneMapHead
 from scjax.nn.layers import Remat, Stack, fold, layer_norm, linear
 from scjax.nn.module import Buffer
-from scjax.nn.performer import PerformerBlock, Stabiliser, redraw
+from scjax.nn.performer import PerformerBlock, Stabiliser, count_call
 from scjax.objectives import count_bins, frequency_cross_entropy, masked_cross_entropy
 from scjax.types import CellBatch
 
@@ -144,7 +144,7 @@ class ScBERT(nnx.Module):
     @staticmethod
     def tables(config: ScBERTConfig) -> dict[str, str]:
         """Values of genes from outside, see :mod:`scjax.train.tables`."""
-        return {} if config.gene_table.kind == "random" else {"gene": "vectors"}
+        return config.gene_table.wanted()
 
     # ---------------------------------------------------------------- encode
     def encode(self, batch: CellBatch, key: Array) -> Tokens:
@@ -208,10 +208,7 @@ class ScBERT(nnx.Module):
             raise ValueError("with n_outputs the published head took the place of the bins': no pretraining")
         encode_key, drop_key, redraw_key = jax.random.split(key, 3)
         if not self.deterministic:
-            blocks: Any = self.performer.blocks
-            projection = blocks.attention.projection
-            projection[...] = redraw(projection[...], redraw_key, self.calls[...], self.config.redraw_every)
-            self.calls[...] = self.calls[...] + 1
+            count_call(self.performer, self.calls, redraw_key, self.config.redraw_every)
         tokens = self.encode(batch, encode_key)
         x = self(tokens, None if self.deterministic else row_keys(drop_key, batch.row))
         x = jnp.take_along_axis(x, jnp.maximum(tokens.gene_id, 0)[..., None], axis=1)

@@ -9,7 +9,7 @@ outputs stand at the genes it saw. Loss: the values of the hidden genes as they 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from scjax.nn.embedder import GeneEmbedder, GeneTable
 from scjax.nn.heads import PooledHead
 from scjax.nn.layers import Block, Remat, Stack, layer_norm, linear
 from scjax.nn.module import Buffer
-from scjax.nn.performer import PerformerBlock, Stabiliser, redraw
+from scjax.nn.performer import PerformerBlock, Stabiliser, count_call
 from scjax.nn.soft_bins import SoftBins
 from scjax.objectives import masked_mse
 from scjax.types import CellBatch
@@ -216,7 +216,7 @@ class ScFoundation(nnx.Module):
     @staticmethod
     def tables(config: ScFoundationConfig) -> dict[str, str]:
         """Buffers that a run fills from outside: path -> kind."""
-        return {} if config.gene_table.kind == "random" else {"gene": "vectors"}
+        return config.gene_table.wanted()
 
     # ---------------------------------------------------------------- encode
     def encode(self, batch: CellBatch, key: Array) -> Tokens:
@@ -382,9 +382,7 @@ class ScFoundation(nnx.Module):
         encode_key, drop_key, draw_key = jax.random.split(key, 3)
         tokens = self.encode(batch, encode_key)
         if not self.deterministic:
-            performers: Any = self.decoder.blocks
-            old, every = performers.attention.projection[...], self.config.redraw_every
-            performers.attention.projection[...] = redraw(old, draw_key, self.calls[...], every)
+            count_call(self.decoder, self.calls, draw_key, self.config.redraw_every)
         keys = None if self.deterministic else row_keys(drop_key, batch.row)
         _, prediction = self(tokens, keys)
         hidden_id = tokens.direct_id[:, : tokens.target.shape[1]]
@@ -392,7 +390,6 @@ class ScFoundation(nnx.Module):
         total, weight = masked_mse(prediction, tokens.target, mask)
         baseline = masked_mse(self.gene_mean(hidden_id), tokens.target, mask)
         if not self.deterministic:
-            self.calls[...] = self.calls[...] + 1
             self.gene_mean.update(hidden_id, tokens.target, batch.weight)
         return total, weight, {"masked_mse": (total, weight), "gene_mean_mse": baseline}
 

@@ -215,7 +215,7 @@ class ScGPT(nnx.Module):
     @staticmethod
     def tables(config: ScGPTConfig) -> dict[str, str]:
         """What the model needs from outside: vectors of genes, unless it learns its own."""
-        return {} if config.gene_table.kind == "random" else {"gene": "vectors"}
+        return config.gene_table.wanted()
 
     # ---------------------------------------------------------------- encode
     def values(self, batch: CellBatch, keys: Array | None) -> Array:

@@ -32,6 +32,10 @@ class GeneTable:
         if self.dim < 0:
             raise ValueError(f"gene_table.dim = {self.dim} is negative")
 
+    def wanted(self) -> dict[str, str]:
+        """What a model with a :class:`GeneEmbedder` at ``gene`` must be given, for its ``tables(config)``."""
+        return {} if self.kind == "random" else {"gene": "vectors"}
+
 
 class GeneEmbedder(nnx.Module):
     """ids -> vectors. Ids 0 .. n_genes-1 are genes, the ``n_special`` after them special tokens.

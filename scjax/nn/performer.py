@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from scjax.nn.layers import ACTIVATIONS, dropout, fold, layer_norm, linear
+from scjax.nn.layers import ACTIVATIONS, Stack, dropout, fold, layer_norm, linear
 from scjax.nn.module import Buffer
 
 Stabiliser = Literal["head", "global"]
@@ -150,6 +150,14 @@ def redraw(projection_LMD: Array, key: Array, calls: Array, every: int) -> Array
         return jax.vmap(lambda k: draw_projection(k, m, d))(keys)
 
     return jax.lax.cond((calls > 0) & (calls % every == 0), draw, lambda: projection_LMD)
+
+
+def count_call(stack: Stack, calls: Buffer, key: Array, every: int) -> None:
+    """Counts a training call of a stack of Performer blocks, whose projections are drawn anew where due."""
+    blocks: Any = stack.blocks
+    projection = blocks.attention.projection
+    projection[...] = redraw(projection[...], key, calls[...], every)
+    calls[...] = calls[...] + 1
 
 
 class PerformerAttention(nnx.Module):

@@ -1,6 +1,6 @@
 """CellLM's network, built from performer-pytorch with random weights.
 
-    python tools/reference/celllm.py       # writes tests/golden/celllm.npz anew
+    PYTHONPATH=tools python -m reference.celllm       # writes tests/golden/celllm.npz anew
 
 Tensors carry the names that they have in the published files; a fine-tuned model has "encoder." before those
 of the network. Every parameter is moved away from where it starts, so that no term is zero or one by chance.
@@ -10,21 +10,14 @@ one over everything, as the published model ("global"). :func:`full` compares at
 
 from __future__ import annotations
 
-import contextlib
 import pathlib
 import tempfile
-import warnings
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
+from reference.performers import Performer, Table, one_maximum, shaken, state
 from torch import nn
-
-with warnings.catch_warnings():  # of distutils, deprecated since this package was written
-    warnings.simplefilter("ignore")
-    from performer_pytorch import Performer
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden" / "celllm.npz"
 SMALL = {"n_genes": 50, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_head": 8}
@@ -34,14 +27,6 @@ PUBLISHED_LENGTH = 6000
 PUBLISHED = 51_926_536  # the frozen gene table included
 TOLERANCE = 2e-5
 CLS, PAD = 6, 7
-
-
-class Table(nn.Module):
-    """Vectors of genes, of CLS (ones) and of padding (zeros); float64, as the published file stores them."""
-
-    def __init__(self, n: int, d: int):
-        super().__init__()
-        self.emb = nn.Embedding(n, d, dtype=torch.float64)
 
 
 class CellLM(nn.Module):
@@ -90,19 +75,6 @@ class Annotator(nn.Module):
         return self.pred_head(laid[:, :-1])  # the place of padding goes
 
 
-def shaken(model: nn.Module, jitter: float, sharp: float) -> Any:
-    """In evaluation mode, every parameter jittered, queries and keys ``sharp`` times as long so that the
-    stabilisers differ; large layers rounded so that a file of them is small."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_(jitter * torch.randn_like(parameter))
-            if "to_q" in name or "to_k" in name:
-                parameter.mul_(sharp)
-            if "pred_head" in name:
-                parameter.copy_((parameter * 16).round() / 16)
-    return model.eval()
-
-
 def build(
     *, seed: int = 0, jitter: float = 0.1, sharp: float = 3.0, n_outputs: int = 0, **changes: Any
 ) -> Any:
@@ -110,28 +82,12 @@ def build(
     torch.manual_seed(seed)
     size = SMALL | changes
     encoder = CellLM(**size)
-    model = shaken(Annotator(encoder, size["d_model"], n_outputs) if n_outputs else encoder, jitter, sharp)
+    model = shaken(
+        Annotator(encoder, size["d_model"], n_outputs) if n_outputs else encoder, jitter, sharp, "pred_head"
+    )
     with torch.no_grad():
         encoder.pos_emb.emb.weight[-2:] = torch.tensor([[1.0], [0.0]])
     return model
-
-
-def state(model: nn.Module) -> dict[str, np.ndarray]:
-    """Tensors under the names of the published file (performer-pytorch keeps each projection twice)."""
-    renamed = {k.replace("proj_updater.calls", "calls"): v for k, v in model.state_dict().items()}
-    return {k: v.detach().clone().numpy() for k, v in renamed.items() if ".proj_updater." not in k}
-
-
-@contextlib.contextmanager
-def one_maximum() -> Iterator[None]:
-    """The stabiliser of the published models: the maximum over all of a batch, heads and tokens."""
-    amax = torch.amax
-
-    def patched(x: torch.Tensor, dim: Any, keepdim: bool = False) -> torch.Tensor:
-        return x.max() if isinstance(dim, tuple) else amax(x, dim=dim, keepdim=keepdim)
-
-    with mock.patch.object(torch, "amax", patched):
-        yield
 
 
 def cells(n: int, n_genes: int, expressed: tuple[int, int], seed: int = 0) -> dict[str, np.ndarray]:

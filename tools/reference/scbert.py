@@ -1,6 +1,6 @@
 """scBERT's network, built from performer-pytorch with random weights.
 
-    python tools/reference/scbert.py       # writes tests/golden/scbert.npz anew
+    PYTHONPATH=tools python -m reference.scbert       # writes tests/golden/scbert.npz anew
 
 Written from the equations: the original's code is under another licence than this project and is not used.
 Tensors carry the names that they have in the published file. Every parameter is moved away from where it
@@ -14,32 +14,18 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import tempfile
-import warnings
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
+from reference.performers import Performer, Table, one_maximum, shaken, state
 from torch import nn
-
-with warnings.catch_warnings():  # of distutils, deprecated since this package was written
-    warnings.simplefilter("ignore")
-    from performer_pytorch import Performer
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden" / "scbert.npz"
 SMALL = {"n_genes": 50, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_head": 8}
 PUBLISHED_SIZE = {"n_genes": 16_906, "d_model": 200, "n_layers": 6, "n_heads": 10, "d_head": 64}
 PUBLISHED = 8_388_607  # the frozen gene table included
 TOLERANCE = 2e-5
-
-
-class Table(nn.Module):
-    """A table added to all positions; float64, as the published file stores gene2vec."""
-
-    def __init__(self, n: int, d: int):
-        super().__init__()
-        self.emb = nn.Embedding(n, d, dtype=torch.float64)
 
 
 class Convolution(nn.Module):
@@ -75,46 +61,15 @@ class ScBERT(nn.Module):
         return self.norm(self.performer((self.token_emb(token) + self.pos_emb.emb.weight).float()))
 
 
-def shaken(model: nn.Module, jitter: float, sharp: float) -> Any:
-    """In evaluation mode, every parameter jittered, queries and keys ``sharp`` times as long so that the
-    stabilisers differ; large layers rounded so that a file of them is small."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_(jitter * torch.randn_like(parameter))
-            if "to_q" in name or "to_k" in name:
-                parameter.mul_(sharp)
-            if ".fc" in name or "pred_head" in name:
-                parameter.copy_((parameter * 16).round() / 16)
-    return model.eval()
-
-
 def build(
     *, seed: int = 0, jitter: float = 0.1, sharp: float = 3.0, n_outputs: int = 0, **changes: Any
 ) -> ScBERT:
     """A small model; ``changes`` of :data:`SMALL`. The last row of the gene table is 0."""
     torch.manual_seed(seed)
-    model = shaken(ScBERT(n_outputs=n_outputs, **(SMALL | changes)), jitter, sharp)
+    model = shaken(ScBERT(n_outputs=n_outputs, **(SMALL | changes)), jitter, sharp, ".fc")
     with torch.no_grad():
         model.pos_emb.emb.weight[-1] = 0
     return model
-
-
-def state(model: nn.Module) -> dict[str, np.ndarray]:
-    """Tensors under the names of the published file (performer-pytorch keeps each projection twice)."""
-    renamed = {k.replace("proj_updater.calls", "calls"): v for k, v in model.state_dict().items()}
-    return {k: v.detach().clone().numpy() for k, v in renamed.items() if ".proj_updater." not in k}
-
-
-@contextlib.contextmanager
-def one_maximum() -> Iterator[None]:
-    """The stabiliser of the published models: the maximum over all of a batch, heads and tokens."""
-    amax = torch.amax
-
-    def patched(x: torch.Tensor, dim: Any, keepdim: bool = False) -> torch.Tensor:
-        return x.max() if isinstance(dim, tuple) else amax(x, dim=dim, keepdim=keepdim)
-
-    with mock.patch.object(torch, "amax", patched):
-        yield
 
 
 def cells(n: int, n_genes: int, expressed: tuple[int, int], seed: int = 0) -> dict[str, np.ndarray]:

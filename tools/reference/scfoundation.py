@@ -1,6 +1,6 @@
 """scFoundation's network, built from PyTorch's encoder layer and performer-pytorch, with random weights.
 
-    python tools/reference/scfoundation.py       # writes tests/golden/scfoundation.npz anew
+    PYTHONPATH=tools python -m reference.scfoundation       # writes tests/golden/scfoundation.npz anew
 
 The value embedding, the scatter into all genes and the annotation head are written here from the equations;
 tensors carry the names that they have in ``models.ckpt``. Every parameter is moved away from where it starts,
@@ -11,18 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-import warnings
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
+from reference.performers import Performer, one_maximum, state
 from torch import nn
-
-with warnings.catch_warnings():  # of distutils, deprecated since this package was written
-    warnings.simplefilter("ignore")
-    from performer_pytorch import Performer
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden" / "scfoundation.npz"
 SMALL = {
@@ -149,24 +143,6 @@ def build_head(d_model: int, n_outputs: int = 3, seed: int = 0) -> nn.ModuleDict
     norm.running_var.uniform_(0.5, 2.0)
     fc1 = nn.Sequential(nn.Linear(d_model, 256), nn.ReLU(), nn.Linear(256, n_outputs))
     return nn.ModuleDict({"norm": norm, "fc1": fc1}).eval()
-
-
-def state(model: nn.Module) -> dict[str, np.ndarray]:
-    """Tensors under the names of the published file (performer-pytorch keeps each projection twice)."""
-    renamed = {k.replace("proj_updater.calls", "calls"): v for k, v in model.state_dict().items()}
-    return {k: v.detach().clone().numpy() for k, v in renamed.items() if ".proj_updater." not in k}
-
-
-@contextlib.contextmanager
-def one_maximum() -> Iterator[None]:
-    """The stabiliser of the published models: the maximum over all of a batch, heads and tokens."""
-    amax = torch.amax
-
-    def patched(x: torch.Tensor, dim: Any, keepdim: bool = False) -> torch.Tensor:
-        return x.max() if isinstance(dim, tuple) else amax(x, dim=dim, keepdim=keepdim)
-
-    with mock.patch.object(torch, "amax", patched):
-        yield
 
 
 def cells(n: int, n_genes: int, expressed: tuple[int, int], seed: int = 0) -> dict[str, np.ndarray]:
