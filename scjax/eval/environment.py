@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import importlib
 import importlib.metadata
 import os
 import warnings
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from threadpoolctl import threadpool_limits
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+PACKAGES = ("numpy", "scipy", "pandas", "scikit-learn", "anndata", "scanpy", "igraph", "umap", "scjax")
 
 _DISTRIBUTION = {"umap": "umap-learn", "scib_metrics": "scib-metrics"}
 
@@ -43,6 +46,14 @@ def version(module: str) -> str:
         return importlib.metadata.version(_DISTRIBUTION.get(module, module))
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def provenance() -> dict[str, Any]:
+    """When this was made and with what: facts of every evaluation."""
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {p: v for p in PACKAGES if (v := version(p))},
+    }
 
 
 def one_thread(function: Callable[P, T]) -> Callable[P, T]:

@@ -13,48 +13,23 @@ import numpy as np
 import pandas as pd
 
 from scjax.eval import stats, tables, verdict
-
-SCHEMA_VERSION = "1"
-
-_BLANK: dict[str, Any] = {
-    "schema_version": SCHEMA_VERSION,
-    "task": "",  # annotation | clustering | integration
-    "model_id": "",  # name of the row in tables
-    "model_kind": "model",  # model | baseline | control | oracle
-    "embedding_key": "",  # obsm key, where the representation came from one
-    "head": "",  # what reads the representation: logistic, knn, majority, leiden, kmeans
-    "setting": "",  # of that head: which resolution
-    "axis": "",  # integration: bio | batch
-    "metric": "",
-    "direction": "max",
-    "group": "",  # held-out group, or the mean over groups; "" where the task has no groups
-    "label": "",  # class, for values per class
-    "versus": "",  # a difference: value = model_id minus this one
-    "versus_role": "",  # best simple baseline | random-initialised twin
-    "value": None,
-    "ci_low": None,
-    "ci_high": None,
-    "ci_method": "",
-    "n_boot": 0,
-    "n_cells": 0,
-    "n_groups": 0,
-    "split_scheme": "",
-    "metric_impl": "",
-    "pretrain_overlap": "unknown",
-    "status": "ok",  # ok | nan | skipped
-    "note": "",
-}
+from scjax.eval.schema import BLANK, KEY, METRICS, SCHEMA_VERSION, TASKS
 
 
 def row(**fields: Any) -> dict[str, Any]:
-    """One result row; a field that the schema lacks is an error."""
-    if unknown := set(fields) - set(_BLANK):
+    """One result row; a field, task or metric that the schema lacks is an error."""
+    if unknown := set(fields) - set(BLANK):
         raise KeyError(f"unknown result fields {sorted(unknown)}")
-    return {**_BLANK, **fields}
+    for name, known in (("task", TASKS), ("metric", METRICS)):
+        if fields.get(name) and fields[name] not in known:
+            raise KeyError(f"unknown {name} {fields[name]!r}; scjax/eval/schema.py names them all")
+    direction = METRICS[fields["metric"]].direction if fields.get("metric") else "max"
+    return {**BLANK, **fields, "direction": direction}
 
 
-def _key(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(entry[c] for c in ("model_id", "task", "head", "setting", "metric", "group", "label"))
+def key(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """What tells this score from all others of the evaluation."""
+    return tuple(entry[c] for c in KEY)
 
 
 @dataclass
@@ -82,7 +57,7 @@ class Results:
         else:
             low, high = stats.interval(score)
             entry |= {"ci_low": low, "ci_high": high, "n_boot": len(score) - 1}
-            self.scores[_key(entry)] = score
+            self.scores[key(entry)] = score
         self.rows.append(entry)
 
     def extend(self, other: Results) -> None:
@@ -91,27 +66,13 @@ class Results:
         self.panels += other.panels
         self.scores |= other.scores
 
-    def compare(self, task: str, head: str, setting: str, model: str, other: str, role: str) -> None:
-        """Append the paired differences ``model`` − ``other`` of the headline metrics.
-
-        Both were scored under the same resamples of the same cells, so their scores are subtracted resample
-        by resample.
-        """
-        fixed = {"model_id": model, "task": task, "head": head, "setting": setting, "versus": "", "label": ""}
-        for entry in [r for r in self.rows if all(r[k] == v for k, v in fixed.items())]:
-            mine, theirs = _key(entry), _key({**entry, "model_id": other})
-            if entry["metric"] in tables.HEADLINE[task] and mine in self.scores and theirs in self.scores:
-                difference = self.scores[mine] - self.scores[theirs]
-                low, high = stats.interval(difference)
-                changed = {"value": float(difference[0]), "ci_low": low, "ci_high": high, "note": ""}
-                method = f"paired {entry['ci_method']}"
-                self.rows.append(
-                    {**entry, **changed, "versus": other, "versus_role": role, "ci_method": method}
-                )
+    def skip(self, note: str, **fields: Any) -> None:
+        """Append a row for a score that could not be computed, with the reason."""
+        self.rows.append(row(**fields, status="skipped", note=note))
 
     def to_frame(self) -> pd.DataFrame:
         """All rows as a table, one value per row; columns as in the schema."""
-        return pd.DataFrame(self.rows, columns=list(_BLANK))
+        return pd.DataFrame(self.rows, columns=list(BLANK))
 
     def table(self, task: str | None = None) -> pd.DataFrame:
         """A compact table of values with intervals: one task in full, or the main columns of all."""
@@ -119,12 +80,12 @@ class Results:
 
     def to_text(self) -> str:
         """Tables, paired differences and sanity gates as plain text."""
-        return tables.to_text(self.to_frame(), self.facts, self.gates())
+        return tables.to_text(self.to_frame(), self.gates())
 
     __str__ = to_text
 
     def __rich__(self) -> Any:
-        return tables.to_rich(self.to_frame(), self.facts, self.gates())
+        return tables.to_rich(self.to_frame(), self.gates())
 
     def brief(self) -> Any:
         """What fits a screen, for rich to print: scores, where each model stands, gates that did not pass."""

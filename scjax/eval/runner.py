@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import anndata as ad
 import numpy as np
 
-from scjax.eval import checks, tables, verdict
+from scjax.eval import checks
 from scjax.eval.annotation import annotation
-from scjax.eval.baselines import Expression, find_counts
 from scjax.eval.clustering import clustering, umap
-from scjax.eval.environment import missing, one_thread, version
+from scjax.eval.compare import conclude
+from scjax.eval.environment import missing, one_thread, provenance
 from scjax.eval.integration import integration
-from scjax.eval.results import Results, row
+from scjax.eval.representations import Representation, controls_of, gather, twin_names
+from scjax.eval.results import Results
+from scjax.eval.schema import TASKS
 
-SIMPLE = ("pca", "hvg", "depth_only")  # the simple baselines, of which the best is compared with each model
-PACKAGES = ("numpy", "scipy", "pandas", "scikit-learn", "anndata", "scanpy", "igraph", "umap", "scjax")
-
-Features = np.ndarray | Callable[[np.ndarray], np.ndarray] | None
-
-
-@dataclass(frozen=True)
-class Representation:
-    """One line of the tables: fixed features, or a function that fits them on training rows; or why there
-    are none.
-    """
-
-    name: str
-    kind: str
-    features: Features
-    key: str = ""
-    tasks: tuple[str, ...] = tables.TASKS
-    heads: tuple[str, ...] = ("logistic", "knn")
-    absent: str = ""
-
-    def fixed(self, rows: np.ndarray) -> np.ndarray:
-        """The features when labels play no part: fitted on all rows."""
-        assert self.features is not None
-        return self.features(rows) if callable(self.features) else self.features
+CELL_TASKS = ("annotation", "clustering", "integration")
 
 
 @one_thread
@@ -62,6 +39,7 @@ def run(
     graph_cells: int = 3_000,
     n_boot: int = 1000,
     seed: int = 0,
+    dataset: str = "",
     pretrain_overlap: str = "unknown",
     kbet: bool = False,
     maps: bool = True,
@@ -92,6 +70,7 @@ def run(
         max_cells: larger data are sampled by label and group; graph_cells: the same for clustering,
         integration and maps.
         n_boot: bootstrap resamples; with 0 there are neither intervals nor paired differences.
+        dataset: what the data are to be called.
         pretrain_overlap: whether pretraining saw these cells: "none", "cell", "study" or "unknown".
         kbet: also kBET (slow; needs scib-metrics).
         maps: also UMAP coordinates for the report.
@@ -104,23 +83,18 @@ def run(
     started = time.perf_counter()
     tasks = _tasks(tasks, batch_key)
     embeddings = [embeddings] if isinstance(embeddings, str) else list(embeddings)
-    twins, further = _controls(embeddings, controls or {})
+    twins, _ = controls_of(embeddings, controls or {})
     labels = checks.column(adata.obs, label_key, "label")
     groups = None if group_key is None else checks.column(adata.obs, group_key, "group")
     batch = None if batch_key is None else checks.column(adata.obs, batch_key, "batch")
-    obsm = {
-        key: _obsm(adata, key) for key in dict.fromkeys([*embeddings, *twins.values(), *further.values()])
-    }
-    if not embeddings:
-        raise ValueError(f"no embeddings to evaluate; obsm holds: {', '.join(adata.obsm) or 'nothing'}")
     cells = checks.select(labels, groups, batch, min_class_size)
     if "integration" in tasks:
         checks.require_shared_labels(cells)
     n_labelled = len(cells)
     strata = cells.label if cells.group is None else cells.label * len(cells.group_names) + cells.group
     cells = cells.take(checks.stratified(strata, max_cells, seed))
-    table = {key: X[cells.rows] for key, X in obsm.items()}
-    representations = _representations(adata, cells, table, embeddings, twins, further, counts, tasks, seed)
+    representations = gather(adata, cells.rows, embeddings, controls, counts, seed)
+    representations += _controls(cells, representations[0], tasks, seed)
 
     shared: dict[str, Any] = {"min_class_size": min_class_size, "seed": seed, "n_boot": n_boot}
     names = np.array(cells.label_names)[cells.label]
@@ -131,7 +105,7 @@ def run(
 
     def features(r: Representation) -> np.ndarray:
         if r.name not in fixed:
-            fixed[r.name] = r.fixed(everything)
+            fixed[r.name] = r.fitted(everything)
         return fixed[r.name]
 
     def score(task: str, r: Representation) -> Results:
@@ -139,7 +113,8 @@ def run(
         if r.absent:
             raise ValueError(r.absent)
         if task == "annotation":
-            return annotation(r.features, names, group_of, heads=r.heads, **about)
+            heads = {"heads": r.heads} if r.heads else {}
+            return annotation(r.features, names, group_of, **heads, **about)
         if task == "clustering":
             return clustering(features(r), names, max_cells=graph_cells, **about)
         pca = next((p for p in representations if p.name == "pca" and not p.absent), None)
@@ -153,8 +128,9 @@ def run(
             **about,
         )
 
-    jobs = [(task, r) for task in tasks for r in representations if task in r.tasks]
-    drawn = ("pca", *_twin_names(twins))
+    jobs = [(task, r) for task in tasks for r in representations if not r.tasks or task in r.tasks]
+    named = twin_names(twins)
+    drawn = ("pca", *named.values())
     pictures = [r for r in representations if maps and (r.kind == "model" or r.name in drawn)]
     results = Results()
     wall: dict[str, float] = {}
@@ -169,15 +145,10 @@ def run(
             except ValueError as error:
                 if r.key:  # what the user gave is refused; a control that cannot be made is skipped
                     raise
-                gap = {
-                    "task": task,
-                    "metric": tables.HEADLINE[task][0],
-                    "status": "skipped",
-                    "note": str(error),
-                }
-                results.rows.append(row(model_id=r.name, model_kind=r.kind, **gap))
+                metric = TASKS[task].headline[0]
+                results.skip(str(error), task=task, metric=metric, model_id=r.name, model_kind=r.kind)
             wall[task] = round(wall.get(task, 0) + time.perf_counter() - begun, 2)
-        _differences(results, embeddings, twins)
+        conclude(results, named)
         if pictures:
             begun = time.perf_counter()
             results.panels += _maps(
@@ -186,8 +157,9 @@ def run(
             wall["maps"] = round(time.perf_counter() - begun, 2)
     for entry in results.rows:
         entry["pretrain_overlap"] = pretrain_overlap
-    results.facts |= {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        entry["dataset"] = dataset
+    results.facts |= provenance() | {
+        "dataset": dataset,
         "n_cells_in": adata.n_obs,
         "n_cells_labelled": n_labelled,
         "n_cells": len(cells),
@@ -200,14 +172,13 @@ def run(
         "batch_key": batch_key,
         "batches": _sizes(cells.batch, cells.batch_names),
         "tasks": tasks,
-        "embeddings": {k: list(table[k].shape) for k in table},
-        "twins": dict(zip(twins, _twin_names(twins), strict=True)),
+        "embeddings": {r.key: list(features(r).shape) for r in representations if r.key},
+        "twins": named,
         "min_class_size": min_class_size,
         "graph_cells": graph_cells,
         "n_boot": n_boot,
         "seed": seed,
         "pretrain_overlap": pretrain_overlap,
-        "versions": {p: v for p in PACKAGES if (v := version(p))},
         "wall_s": {**wall, "all": round(time.perf_counter() - started, 2)},
     }
     return results
@@ -215,121 +186,30 @@ def run(
 
 def _tasks(tasks: Sequence[str] | None, batch_key: str | None) -> list[str]:
     if tasks is None:
-        return [t for t in tables.TASKS if t != "integration" or batch_key is not None]
+        return [t for t in CELL_TASKS if t != "integration" or batch_key is not None]
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
-    if unknown := [t for t in tasks if t not in tables.TASKS]:
-        raise ValueError(f"unknown task {unknown[0]!r}; there are: {', '.join(tables.TASKS)}")
+    if unknown := [t for t in tasks if t not in CELL_TASKS]:
+        raise ValueError(f"unknown task {unknown[0]!r}; there are: {', '.join(CELL_TASKS)}")
     if "integration" in tasks and batch_key is None:
         raise ValueError("the task 'integration' needs batch_key")
-    return [t for t in tables.TASKS if t in tasks]
+    return [t for t in CELL_TASKS if t in tasks]
 
 
 def _controls(
-    embeddings: Sequence[str], controls: Mapping[str, Any]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Random-initialised twins by embedding, and the other obsm keys by name."""
-    twin = controls.get(tables.RANDOM_INIT, {})
-    twins = dict.fromkeys(embeddings, twin) if isinstance(twin, str) else dict(twin)
-    if unknown := [e for e in twins if e not in embeddings]:
-        raise KeyError(
-            f"controls['random_init'] names {unknown[0]!r}, not one of the embeddings {list(embeddings)}"
-        )
-    further = {name: key for name, key in controls.items() if name != tables.RANDOM_INIT}
-    reserved = {*SIMPLE, "noise", "majority", "oracle", "collapsed", *embeddings}
-    if clash := reserved & set(further):
-        raise ValueError(f"controls: the name {sorted(clash)[0]!r} is taken")
-    return twins, further
-
-
-def _twin_names(twins: Mapping[str, str]) -> list[str]:
-    """What each twin is called in the tables."""
-    if len(set(twins.values())) <= 1:
-        return [tables.RANDOM_INIT] * len(twins)
-    return [f"{tables.RANDOM_INIT} of {model}" for model in twins]
-
-
-def _obsm(adata: ad.AnnData, key: str) -> np.ndarray:
-    if key not in adata.obsm:
-        raise KeyError(f"obsm has no {key!r}; it holds: {', '.join(adata.obsm) or 'nothing'}")
-    return checks.matrix(adata.obsm[key], key, adata.n_obs, list(adata.obs_names))
-
-
-def _representations(
-    adata: ad.AnnData,
-    cells: checks.Cells,
-    table: Mapping[str, np.ndarray],
-    embeddings: Sequence[str],
-    twins: Mapping[str, str],
-    further: Mapping[str, str],
-    counts: str | None,
-    tasks: Sequence[str],
-    seed: int,
+    cells: checks.Cells, like: Representation, tasks: Sequence[str], seed: int
 ) -> list[Representation]:
-    """Everything that will be scored, models first."""
-    rng = np.random.default_rng([seed, 2])
-    n, width = len(cells), table[embeddings[0]].shape[1]
-    out = [Representation(key, "model", table[key], key) for key in embeddings]
-    out += [
-        Representation(name, "control", table[key], key)
-        for name, key in dict(zip(_twin_names(twins), twins.values(), strict=True)).items()
-    ]
-    out += [Representation(name, "baseline", table[key], key) for name, key in further.items()]
-    try:
-        X, genes = find_counts(adata, counts)
-        expression = Expression(X[cells.rows], genes, seed)
-        made: dict[str, Features] = {
-            "pca": expression.pca,
-            "hvg": expression.hvg,
-            "depth_only": expression.depth,
-        }
-        absent = ""
-    except (KeyError, ValueError) as error:
-        if counts is not None:
-            raise
-        made, absent = dict.fromkeys(SIMPLE), f"{error.args[0]}; say where they are with counts="
-    out += [
-        Representation(name, "control" if name == "depth_only" else "baseline", X, absent=absent)
-        for name, X in made.items()
-    ]
-    noise = rng.normal(size=(n, width)).astype(np.float32)
-    out.append(Representation("noise", "control", noise))
+    """Controls that single tasks have beside those of all."""
+    rng = np.random.default_rng([seed, 3])
+    out = []
     if "annotation" in tasks:
         out.append(Representation("majority", "control", None, tasks=("annotation",), heads=("majority",)))
     if "integration" in tasks:
-        jitter = rng.normal(size=(n, width)).astype(np.float32)
+        jitter = rng.normal(size=np.shape(like.features)).astype(np.float32)
         out.append(Representation("collapsed", "control", 1 + 1e-3 * jitter, tasks=("integration",)))
         truth = np.eye(len(cells.label_names), dtype=np.float32)[cells.label]
         oracle = truth + 0.01 * rng.normal(size=truth.shape).astype(np.float32)
         out.append(Representation("oracle", "oracle", oracle, tasks=("integration",)))
     return out
-
-
-def _differences(results: Results, embeddings: Sequence[str], twins: Mapping[str, str]) -> None:
-    """Each model against the best simple baseline (best by the leading metric, under the same head) and its
-    twin.
-    """
-    names = dict(zip(twins, _twin_names(twins), strict=True))
-    for task, head, setting in dict.fromkeys((r["task"], r["head"], r["setting"]) for r in results.rows):
-        if setting not in ("", tables.FIXED):
-            continue
-        fixed = {
-            "task": task,
-            "head": head,
-            "setting": setting,
-            "metric": tables.HEADLINE[task][0],
-            "versus": "",
-            "label": "",
-        }
-        scores = [r for r in results.rows if all(r[k] == v for k, v in fixed.items()) and r["status"] == "ok"]
-        overall = [r for r in scores if r["group"] == tables.MEAN] or scores
-        simple = {r["model_id"]: r["value"] for r in overall if r["model_id"] in SIMPLE}
-        for model in embeddings:
-            if simple:
-                results.compare(
-                    task, head, setting, model, max(simple, key=lambda name: simple[name]), verdict.BEST
-                )
-            if model in names:
-                results.compare(task, head, setting, model, names[model], verdict.TWIN)
 
 
 def _maps(

@@ -2,60 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from scjax.eval.schema import HEADS, MEAN, METRICS, TASKS, Columns
+
 if TYPE_CHECKING:
     from scjax.eval.verdict import Gate
 
-MEAN = "mean of groups"
 RANDOM_INIT = "random_init"
-MANY = 10  # held-out groups, their mean among them, that are shown one by one
-FIXED, SWEEP, ORACLE = "resolution 1.0", "sweep mean", "best NMI (oracle)"  # settings of Leiden
+MANY, SEVERAL = 10, 4  # held-out groups, their mean among them, with a column each: first heading, the others
 KIND_ORDER = ("model", "baseline", "control", "oracle")
-TASKS = ("annotation", "clustering", "integration")
-
-HEADLINE: dict[str, tuple[str, ...]] = {
-    "annotation": ("macro_f1", "balanced_accuracy", "accuracy"),
-    "clustering": ("nmi", "ari"),
-    "integration": ("bio", "batch"),
-}
-"""Metrics of each task that are compared pair by pair, the leading one first."""
-
-METRIC_NAMES = {
-    "macro_f1": "macro-F1",
-    "macro_f1_seen": "macro-F1, classes seen in training",
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "out_of_set_rate": "out-of-set rate",
-    "log_loss": "log-loss",
-    "ece": "ECE",
-    "nmi": "NMI",
-    "ari": "ARI",
-    "ami": "AMI",
-    "bio": "bio conservation",
-    "batch": "batch mixing",
-    "clisi": "cLISI",
-    "silhouette_label": "silhouette (label)",
-    "bras": "BRAS",
-    "ilisi": "iLISI",
-    "cilisi": "CiLISI",
-    "graph_connectivity": "graph connectivity",
-    "pcr": "PCR comparison",
-    "kbet": "kBET",
-    "kmeans_nmi": "k-means NMI",
-    "kmeans_ari": "k-means ARI",
-}
-HEAD_NAMES = {
-    "logistic": "logistic regression",
-    "knn": "k nearest neighbours",
-    "majority": "majority class",
-    "leiden": "Leiden",
-    "kmeans": "k-means",
-}
 
 
 @dataclass(frozen=True)
@@ -65,6 +25,7 @@ class Column:
     over: str
     title: str
     fields: dict[str, str]
+    group: bool = False  # one of the columns of single held-out groups
 
 
 @dataclass(frozen=True)
@@ -76,77 +37,60 @@ class Line:
     cells: list[dict[str, Any] | None]
 
 
-def columns(frame: pd.DataFrame, task: str, full: bool = True) -> list[Column]:
-    """The columns of a task that have values; ``full=False`` leaves only the leading ones."""
-    rows = frame[(frame["task"] == task) & (frame["status"] != "skipped")]
-    if task == "annotation":
-        groups = [g for g in dict.fromkeys(rows["group"]) if g]
-        lead = MEAN if MEAN in groups else (groups[0] if groups else "")
-        out = []
-        for head in ("logistic", "knn"):
-            apart = full and len(groups) <= (MANY if head == "logistic" else 4)
-            shown = [lead, *[g for g in groups if g != lead]] if apart else [lead]
-            over = f"macro-F1, {HEAD_NAMES[head]}"
-            out += [
-                Column(
-                    over,
-                    g if g in (MEAN, lead) else f"on {g}",
-                    {"head": head, "metric": "macro_f1", "group": g},
-                )
-                for g in shown
-            ]
-        more = ("macro_f1_seen", "balanced_accuracy", "accuracy", "log_loss", "ece") if full else ()
-        out += [
-            Column(
-                "logistic regression, " + lead,
-                METRIC_NAMES[m],
-                {"head": "logistic", "metric": m, "group": lead},
-            )
-            for m in more
-        ]
-    elif task == "clustering":
-        out = [
-            Column(
-                "Leiden, resolution 1.0", METRIC_NAMES[m], {"head": "leiden", "setting": FIXED, "metric": m}
-            )
-            for m in ("nmi", "ari", "ami")[: 3 if full else 2]
-        ]
-        other = [
-            ("sweep mean", "Leiden, mean of the sweep"),
-            ("best NMI (oracle)", "Leiden, best of the sweep*"),
-        ]
-        out += [
-            Column(over, METRIC_NAMES[m], {"head": "leiden", "setting": s, "metric": m})
-            for s, over in other
-            for m in ("nmi", "ari")
-            if full
-        ]
-        out += [Column("k-means", METRIC_NAMES[m], {"head": "kmeans", "metric": m}) for m in ("nmi", "ari")]
-    else:
-        out = [Column("axes", METRIC_NAMES[m], {"metric": m}) for m in ("bio", "batch")]
-        if full:
-            parts = rows[rows["axis"].ne("") & ~rows["metric"].isin(("bio", "batch"))]
-            for axis, over in (("bio", "parts of bio conservation"), ("batch", "parts of batch mixing")):
-                named = dict.fromkeys(parts.loc[parts["axis"] == axis, "metric"])
-                out += [Column(over, METRIC_NAMES[m], {"metric": m}) for m in named]
-    scored = rows[rows["versus"].eq("") & rows["label"].eq("")]
+def sections(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Every part of the results with a table of its own: task, track ("" where there is one), its rows."""
+    for task in TASKS:
+        rows = frame[frame["task"] == task]
+        for track in dict.fromkeys(rows["track"]):
+            yield task, track, rows[rows["track"] == track]
+
+
+def heading(task: str, track: str = "") -> str:
+    """What a table is called: ``Gene function, essential``."""
+    return f"{TASKS[task].title}, {track}" if track else TASKS[task].title
+
+
+def columns(rows: pd.DataFrame, task: str, full: bool = True) -> list[Column]:
+    """The columns that have values in these rows of one section; ``full=False``: only the leading ones."""
+    scored = rows[rows["status"].ne("skipped") & rows["versus"].eq("") & rows["label"].eq("")]
+    out: list[Column] = []
+    for block in TASKS[task].columns:
+        if full or block.lead:
+            out += _block(scored, block, full, most=SEVERAL if any(c.group for c in out) else MANY)
     return [c for c in out if len(_pick(scored, c.fields))]
 
 
-def lines(frame: pd.DataFrame, task: str, shown: Sequence[Column]) -> list[Line]:
-    """One line per representation: models, their twins, baselines, controls, oracle."""
-    rows = frame[frame["task"].eq(task) & frame["versus"].eq("") & frame["label"].eq("")]
+def _block(scored: pd.DataFrame, block: Columns, full: bool, most: int) -> list[Column]:
+    groups = [g for g in dict.fromkeys(_pick(scored, block.fields)["group"]) if g]
+    lead = MEAN if MEAN in groups else (groups[0] if groups else "")
+    fields = dict(block.fields) | ({"group": lead} if lead else {})
+    if not block.by_group:
+        over = f"{block.over}, {lead}" if lead else block.over
+        return [Column(over, METRICS[m].title, {**fields, "metric": m}) for m in block.metrics]
+    shown = [lead, *[g for g in groups if g != lead]] if full and len(groups) <= most else [lead]
+    return [
+        Column(block.over, g if g == lead else f"on {g}", {**fields, "metric": m, "group": g}, group=bool(g))
+        for m in block.metrics
+        for g in shown
+    ]
+
+
+def lines(rows: pd.DataFrame, shown: Sequence[Column]) -> list[Line]:
+    """One line per representation of a section: models, their twins, baselines, controls, oracle."""
+    rows = rows[rows["versus"].eq("") & rows["label"].eq("")]
     named = rows.drop_duplicates("model_id")
     rank = [
         0.5 if is_twin(m) else KIND_ORDER.index(k)
         for m, k in zip(named["model_id"], named["model_kind"], strict=True)
     ]
     named = named.assign(rank=rank).sort_values("rank", kind="stable")
+    heads = {column.fields["head"] for column in shown if "head" in column.fields}
+    first = next((column.fields["head"] for column in shown if "head" in column.fields), "")
     out = []
     for model, kind in zip(named["model_id"], named["model_kind"], strict=True):
         of_model = rows[rows["model_id"] == model]
-        if set(of_model["head"]) == {"majority"}:  # has no head of its own: stands in the logistic column
-            of_model = of_model.assign(head="logistic")
+        if heads and not heads & set(of_model["head"]):  # has a head of its own: stands in the first column
+            of_model = of_model.assign(head=first)
         skipped = of_model[of_model["status"] == "skipped"]
         found = [_pick(of_model, column.fields) for column in shown]
         cells = [hit.iloc[0].to_dict() if len(hit) else None for hit in found]
@@ -189,23 +133,30 @@ def number(cell: Mapping[str, Any] | None, signed: bool = False) -> str:
     return value(cell, signed) + (f" [{ends[0]}, {ends[1]}]" if ends else "")
 
 
+def advantage(difference: Mapping[str, Any]) -> tuple[float, float, float]:
+    """A difference and its interval, turned so that above zero the model is ahead."""
+    value, low, high = (difference[k] for k in ("value", "ci_low", "ci_high"))
+    return (value, low, high) if difference["direction"] == "max" else (-value, -high, -low)
+
+
 def _digits(x: float, signed: bool) -> str:
     return f"{round(x, 3) + 0.0:{'+' if signed else ''}.3f}"  # + 0.0: no minus before a zero
 
 
 def formatted(frame: pd.DataFrame, task: str | None = None) -> pd.DataFrame:
     """Values with intervals as text, indexed by representation and kind."""
-    present = [t for t in TASKS if t in set(frame["task"])]
+    present = list(dict.fromkeys(name for name, _, _ in sections(frame)))
     if task is not None and task not in present:
         raise KeyError(f"no results for task {task!r}; there are: {', '.join(present) or 'none'}")
     parts = []
-    for name in [task] if task else present:
-        shown = columns(frame, name, full=task is not None)
-        body = {
-            (line.model_id, line.kind): [number(c) for c in line.cells] for line in lines(frame, name, shown)
-        }
-        heads = [f"{c.over}: {c.title}" for c in shown]
-        parts.append(pd.DataFrame.from_dict(body, orient="index", columns=heads))
+    for name, track, rows in sections(frame):
+        if task in (None, name):
+            shown = columns(rows, name, full=task is not None)
+            body = {
+                (line.model_id, line.kind): [number(c) for c in line.cells] for line in lines(rows, shown)
+            }
+            heads = [f"{track}: " * bool(track) + f"{c.over}: {c.title}" for c in shown]
+            parts.append(pd.DataFrame.from_dict(body, orient="index", columns=heads))
     table = pd.concat(parts, axis=1).fillna("") if parts else pd.DataFrame()
     if len(table):
         table.index = pd.MultiIndex.from_tuples(table.index, names=["representation", "kind"])
@@ -218,7 +169,7 @@ def differences(frame: pd.DataFrame) -> pd.DataFrame:
     Of many groups only their mean is kept.
     """
     rows = frame[frame["versus"] != ""]
-    leading = {"annotation": ("macro_f1",), "clustering": ("nmi",), "integration": ("bio", "batch")}
+    leading = {name: task.headline[:1] for name, task in TASKS.items()} | {"integration": ("bio", "batch")}
     keep = [m in leading[t] for t, m in zip(rows["task"], rows["metric"], strict=True)]
     rows = rows[keep]
     return rows if rows["group"].nunique() <= MANY else rows[rows["group"].isin(("", MEAN))]
@@ -226,29 +177,31 @@ def differences(frame: pd.DataFrame) -> pd.DataFrame:
 
 def describe(difference: Mapping[str, Any]) -> str:
     """What a difference row compares, in words."""
-    parts = [METRIC_NAMES[difference["metric"]]]
-    if difference["task"] != "integration":
-        parts.append(HEAD_NAMES[difference["head"]])
+    parts = [METRICS[difference["metric"]].title]
+    if difference["head"]:
+        parts.append(HEADS.get(difference["head"], difference["head"]))
+    if difference["setting"] and difference["task"] != "clustering":
+        parts.append(difference["setting"])
     if difference["group"]:
         parts.append(difference["group"] if difference["group"] == MEAN else f"on {difference['group']}")
     return ", ".join(parts)
 
 
-def to_text(frame: pd.DataFrame, facts: Mapping[str, Any], gates: Sequence[Gate]) -> str:
+def to_text(frame: pd.DataFrame, gates: Sequence[Gate]) -> str:
     """Everything as plain text."""
     parts = []
-    for task in [t for t in TASKS if t in set(frame["task"])]:
-        shown = columns(frame, task, full=False)
+    for task, track, of in sections(frame):
+        shown = columns(of, task, full=False)
         body = {
-            f"{line.model_id} ({line.kind})": [number(c) for c in line.cells]
-            for line in lines(frame, task, shown)
+            f"{line.model_id} ({line.kind})": [number(c) for c in line.cells] for line in lines(of, shown)
         }
         table = pd.DataFrame.from_dict(body, orient="index", columns=[f"{c.over}: {c.title}" for c in shown])
-        parts.append(f"{task.upper()}\n{table.to_string()}")
+        parts.append(f"{heading(task, track).upper()}\n{table.to_string()}")
     rows = differences(frame).to_dict("records")
     if rows:
         text = [
-            f"  {r['model_id']} - {r['versus']} ({r['versus_role']}), {describe(r)}: {number(r, signed=True)}"
+            f"  {r['model_id']} - {r['versus']} ({r['versus_role']}), {heading(r['task'], r['track'])}: "
+            f"{describe(r)}: {number(r, signed=True)}"
             for r in rows
         ]
         parts.append("PAIRED DIFFERENCES\n" + "\n".join(text))
@@ -263,14 +216,15 @@ def score_tables(frame: pd.DataFrame) -> list[Any]:
 
     style = {"model": "bold", "baseline": "", "control": "dim", "oracle": "dim italic"}
     parts: list[Any] = []
-    for task in [t for t in TASKS if t in set(frame["task"])]:
-        shown = columns(frame, task, full=False)
-        table = Table(title=task, title_justify="left", title_style="bold", header_style="")
+    for task, track, rows in sections(frame):
+        shown = columns(rows, task, full=False)
+        title = escape(heading(task, track))
+        table = Table(title=title, title_justify="left", title_style="bold", header_style="")
         table.add_column("representation")
         table.add_column("kind")
         for column in shown:
             table.add_column(escape(f"{column.over}\n{column.title}"), justify="right")
-        for line in lines(frame, task, shown):
+        for line in lines(rows, shown):
             cells = [escape(number(c)) for c in line.cells]
             table.add_row(escape(line.model_id), line.kind, *cells, style=style[line.kind])
         parts.append(table)
@@ -285,7 +239,7 @@ def gate_lines(gates: Sequence[Gate]) -> list[Any]:
     return [Text(f"{g.level.upper():>8}  {g.message}", style=colours[g.level]) for g in gates]
 
 
-def to_rich(frame: pd.DataFrame, facts: Mapping[str, Any], gates: Sequence[Gate]) -> Any:
+def to_rich(frame: pd.DataFrame, gates: Sequence[Gate]) -> Any:
     """Everything as a rich renderable."""
     from rich.console import Group
     from rich.markup import escape
@@ -306,12 +260,12 @@ def to_rich(frame: pd.DataFrame, facts: Mapping[str, Any], gates: Sequence[Gate]
         )
         table.add_column("difference [95 %]", justify="right")
         for r in rows:
-            sure = r["ci_low"] > 0 or r["ci_high"] < 0
-            colour = ("green" if r["value"] > 0 else "red") if sure else "yellow"
+            value, low, high = advantage(r)
+            colour = ("green" if value > 0 else "red") if low > 0 or high < 0 else "yellow"
             table.add_row(
                 escape(r["model_id"]),
                 escape(f"{r['versus']} ({r['versus_role']})"),
-                escape(describe(r)),
+                escape(f"{heading(r['task'], r['track'])}: {describe(r)}"),
                 Text(number(r, signed=True), style=colour),
             )
         parts.append(table)

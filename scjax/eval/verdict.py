@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 
 from scjax.eval import tables
+from scjax.eval.schema import MEAN, METRICS, TASKS, Leading
 
 
 class Gate(NamedTuple):
@@ -21,13 +22,18 @@ class Gate(NamedTuple):
     message: str
 
 
-class Leading(NamedTuple):
-    """A score by which models are judged."""
+class Score(NamedTuple):
+    """A score by which models are judged: one metric of one table."""
 
     task: str
+    track: str
     metric: str
-    head: str = ""
-    setting: str = ""
+    head: str
+    setting: str
+
+    @property
+    def title(self) -> str:
+        return tables.heading(self.task, self.track)
 
     def pick(self, frame: pd.DataFrame) -> pd.DataFrame:
         """The rows of this score and its differences."""
@@ -40,21 +46,25 @@ class Leading(NamedTuple):
 TWIN, BEST = "random-initialised twin", "best simple baseline"  # what a model is compared with
 
 
-def leading(frame: pd.DataFrame) -> list[Leading]:
-    """The leading scores: k-means stands in for Leiden where that was skipped."""
-    leiden = Leading("clustering", "nmi", "leiden", tables.FIXED)
-    return [
-        Leading("annotation", "macro_f1", "logistic"),
-        leiden if len(leiden.pick(frame)) else Leading("clustering", "nmi", "kmeans"),
-        Leading("integration", "bio"),
-    ]
+def leading(frame: pd.DataFrame) -> list[Score]:
+    """The leading score of every table; where it was skipped, what stands in for it."""
+    found = []
+    for task, track, rows in tables.sections(frame):
+        scores = [_score(task, track, leading) for leading in TASKS[task].leading]
+        found.append(next((s for s in scores if len(s.pick(rows))), scores[0]))
+    return found
+
+
+def _score(task: str, track: str, leading: Leading) -> Score:
+    return Score(task, track, leading.metric, leading.head, leading.setting)
 
 
 def state(difference: Mapping[str, Any]) -> Literal["ahead", "behind", "unclear"]:
     """Where a paired difference lies with 95 % confidence."""
-    if difference["ci_low"] > 0:
+    _, low, high = tables.advantage(difference)
+    if low > 0:
         return "ahead"
-    return "behind" if difference["ci_high"] < 0 else "unclear"
+    return "behind" if high < 0 else "unclear"
 
 
 def summary(frame: pd.DataFrame, model: str) -> list[str]:
@@ -77,14 +87,14 @@ def summary(frame: pd.DataFrame, model: str) -> list[str]:
             else:
                 parts.append(f"ahead of {other} in {states.count('ahead')} of {len(states)} held-out groups")
         if parts:
-            sentences.append(f"{score.task.capitalize()}: {model} is {' and '.join(parts).rstrip(',')}.")
+            sentences.append(f"{score.title}: {model} is {' and '.join(parts).rstrip(',')}.")
     return sentences
 
 
 def gates(frame: pd.DataFrame, facts: Mapping[str, Any]) -> list[Gate]:
     """All gates of an evaluation, the worst first."""
     found = list(_data(frame, facts))
-    for model in dict.fromkeys(frame.loc[frame["model_kind"] == "model", "model_id"]):
+    for model in dict.fromkeys(frame.loc[_models(frame), "model_id"]):
         for score in leading(frame):
             found += _controls(model, score, frame)
             found += _twin(model, score.pick(frame[frame["model_id"].eq(model)]))
@@ -98,38 +108,49 @@ def gates(frame: pd.DataFrame, facts: Mapping[str, Any]) -> list[Gate]:
 
 def _apart(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of single held-out groups where these are few enough to be read one by one, else of their mean."""
-    single = rows[rows["group"] != tables.MEAN]
-    return single if single["group"].nunique() <= 3 else rows[rows["group"] == tables.MEAN]
+    single = rows[rows["group"] != MEAN]
+    return single if single["group"].nunique() <= 3 else rows[rows["group"] == MEAN]
 
 
 def _controls(model: str, score: Leading, frame: pd.DataFrame) -> Iterator[Gate]:
-    """Controls that know nothing of cell identity must score below the model."""
-    rows = _apart(pd.concat([score.pick(frame), score._replace(head="majority").pick(frame)]))
-    rows = rows[rows["versus"].eq("")]
+    """Controls that know nothing of what is asked must score below the model."""
+    task = TASKS[score.task]
+    rows = frame[frame["model_id"].isin(task.blind) & frame["metric"].eq(score.metric)]
+    own_head = rows[rows["head"].ne(score.head) & ~rows["head"].isin(frame.loc[_models(frame), "head"])]
+    rows = pd.concat(
+        [score.pick(frame), *(score._replace(head=h).pick(own_head) for h in own_head["head"].unique())]
+    )
+    rows = _apart(rows[rows["versus"].eq("")])
+    metric = METRICS[score.metric]
+    sign = -1 if metric.direction == "min" else 1
     for group, of in rows.groupby("group", sort=False):
         value = dict(zip(of["model_id"], of["value"], strict=True))
-        blind = [m for m in of.loc[of["model_kind"] == "control", "model_id"] if not tables.is_twin(m)]
+        blind = [m for m in task.blind if m in value]
         if model not in value or not blind:
             continue
-        where = (
-            f"{score.task.capitalize()}, {tables.METRIC_NAMES[score.metric]}{f', {group}' if group else ''}: "
-        )
+        where = f"{score.title}, {metric.title}{f', {group}' if group else ''}: "
         own = f"{model} {value[model]:.3f}"
-        above = [f"{m} {value[m]:.3f}" for m in blind if value[m] >= value[model]]
+        above = [f"{m} {value[m]:.3f}" for m in blind if sign * value[m] >= sign * value[model]]
         if above:
-            text = f"{where}{own} is not above {', '.join(above)}, which know nothing of cell identity."
+            text = f"{where}{own} is not better than {', '.join(above)}, which know nothing of what is asked."
             yield Gate("fail", text)
         else:
-            yield Gate("pass", f"{where}{own} is above {', '.join(blind)}.")
+            yield Gate("pass", f"{where}{own} is better than {', '.join(blind)}.")
+
+
+def _models(frame: pd.DataFrame) -> pd.Series:
+    return frame["model_kind"].eq("model")
 
 
 def _twin(model: str, rows: pd.DataFrame) -> Iterator[Gate]:
     """The same architecture before training must score below the model."""
     for r in _apart(rows[rows["versus_role"] == TWIN]).to_dict("records"):
-        where, by = f"{r['task'].capitalize()}, {tables.describe(r)}: ", tables.number(r, signed=True)
-        if r["value"] <= 0:
+        where = f"{tables.heading(r['task'], r['track'])}, {tables.describe(r)}: "
+        by = tables.number(r, signed=True)
+        value, low, _ = tables.advantage(r)
+        if value <= 0:
             yield Gate("fail", f"{where}{model} is not ahead of its {TWIN} ({by}).")
-        elif r["ci_low"] <= 0:
+        elif low <= 0:
             yield Gate(
                 "caution", f"{where}{model} is ahead of its {TWIN} by {by}; the interval includes zero."
             )
@@ -139,7 +160,7 @@ def _twin(model: str, rows: pd.DataFrame) -> Iterator[Gate]:
 
 def _batch_axis(model: str, frame: pd.DataFrame) -> Iterator[Gate]:
     """Noise mixes batches; say so where it is beside the model's own score."""
-    rows = Leading("integration", "batch").pick(frame)
+    rows = Score("integration", "", "batch", "", "").pick(frame)
     rows = rows[rows["versus"].eq("")]
     value = dict(zip(rows["model_id"], rows["value"], strict=True))
     if "noise" in value and model in value and value["noise"] >= value[model]:
@@ -162,7 +183,7 @@ def _data(frame: pd.DataFrame, facts: Mapping[str, Any]) -> Iterator[Gate]:
     skipped = frame[frame["status"] == "skipped"].drop_duplicates(["model_id", "task", "note"])
     for task, note in skipped.groupby(["task", "note"], sort=False).groups:
         names = skipped.loc[skipped["task"].eq(task) & skipped["note"].eq(note), "model_id"]
-        yield Gate("caution", f"{task.capitalize()}: skipped for {', '.join(names)}: {note}.")
+        yield Gate("caution", f"{TASKS[task].title}: skipped for {', '.join(names)}: {note}.")
     for group, names in facts.get("unseen_labels", {}).items():
         yield Gate(
             "note",
