@@ -13,12 +13,12 @@ import sklearn
 from scjax.eval import stats
 from scjax.eval.checks import Cells, matrix, select
 from scjax.eval.environment import one_thread
-from scjax.eval.probes import HEADS, split
+from scjax.eval.probes import HEADS
+from scjax.eval.splits import split
 from scjax.eval.results import Results
-from scjax.eval.tables import MEAN
+from scjax.eval.schema import MEAN
 
 ALL_CELLS = "all cells"  # stands for the group where there are none
-LOWER_IS_BETTER = ("out_of_set_rate", "log_loss", "ece")
 
 
 @one_thread
@@ -146,14 +146,12 @@ def _score(
             found |= _probabilities(proba[rows], truth, known)
         scores[group] = found
         for metric, score in found.items():
-            direction = "min" if metric in LOWER_IS_BETTER else "max"
             out.add(
                 score,
                 **about,
                 metric=metric,
                 group=group,
                 n_cells=len(rows),
-                direction=direction,
                 ci_method=method,
             )
         counts = stats.tally(truth * n_labels + guess, n_labels**2, np.ones((1, len(rows)), int)).reshape(
@@ -188,10 +186,7 @@ def _mean_over_groups(
         else:
             score = np.mean(of_groups, axis=0) if of_groups else np.array([np.nan])
             method = f"percentile bootstrap over cells of each group (fewer than {stats.FEW_GROUPS} groups)"
-        direction = "min" if metric in LOWER_IS_BETTER else "max"
-        out.add(
-            score, **about, metric=metric, group=MEAN, n_cells=n_cells, direction=direction, ci_method=method
-        )
+        out.add(score, **about, metric=metric, group=MEAN, n_cells=n_cells, ci_method=method)
 
 
 def _probabilities(proba: np.ndarray, truth: np.ndarray, known: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,128 +1,202 @@
-"""Probes: simple classifiers that read labels off a frozen representation, and the folds they are judged
-on.
+"""Probes: simple classifiers that read labels off a frozen representation.
+
+Each is fitted on the training fold and nothing else: its scaler, its components, and its one hyper-parameter
+(C, k, hidden units and epochs), which is chosen by the macro-F1 of inner folds over the training groups.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
-from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold, StratifiedKFold
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import NearestNeighbors
+from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 
-from scjax.eval.checks import Cells
+from scjax.eval.checks import Cells, stratified
+from scjax.eval.splits import Fold, inner
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+K_GRID = (5, 15, 50)
+HIDDEN_GRID = (32, 128)
 MAX_ITER = 500
-N_NEIGHBORS = 15
-LEAVE_ONE_OUT = 5  # up to so many groups, every group is held out alone
-RARE = "The least populated class"  # scikit-learn's warning about labels rarer than the number of folds
+MAX_EPOCHS, PATIENCE, BATCH = 40, 4, 64
+CHOOSE_CELLS = 3000  # a hyper-parameter is chosen on at most about so many training cells
+WIDE, NARROW = 256, 100  # representations wider than the one are reduced to the other where cost demands it
+
+Probe = tuple[np.ndarray, str]
 
 
-class Fold(NamedTuple):
-    """Positions of the cells to train on and to test on."""
-
-    train: np.ndarray
-    test: np.ndarray
-
-
-def split(cells: Cells, seed: int) -> tuple[list[Fold], str]:
-    """Folds that keep groups whole where there are groups, and the name of the scheme."""
-    splitter: Any
-    if cells.group is None:
-        n = max(2, min(5, int(np.min(np.bincount(cells.label)))))
-        splitter, scheme = (
-            StratifiedKFold(n, shuffle=True, random_state=seed),
-            f"{n}-fold over CELLS, not groups",
-        )
-    elif len(cells.group_names) <= LEAVE_ONE_OUT:
-        splitter, scheme = LeaveOneGroupOut(), "each group held out in turn"
-    else:
-        splitter = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
-        scheme = "stratified 5-fold over groups"
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=RARE, category=UserWarning)
-        folds = [Fold(*f) for f in splitter.split(np.zeros((len(cells), 1)), cells.label, cells.group)]
-    known = 0
-    for train, test in folds:
-        classes = np.unique(cells.label[train])
-        if len(classes) < 2:
-            held_out = (
-                [cells.group_names[g] for g in np.unique(cells.group[test])]
-                if cells.group is not None
-                else []
-            )
-            only = cells.label_names[classes[0]]
-            raise ValueError(
-                f"holding out {', '.join(held_out)} leaves a single label to train on ({only!r})"
-            )
-        known += int(np.isin(cells.label[test], classes).sum())
-    if not known:
-        raise ValueError(
-            "no label occurs in two groups: labels and groups are confounded, nothing can be predicted"
-        )
-    return folds, scheme
-
-
-def logistic(Z: np.ndarray, cells: Cells, fold: Fold, seed: int) -> tuple[np.ndarray, str]:
+def logistic(Z: np.ndarray, cells: Cells, fold: Fold, seed: int) -> Probe:
     """Class-balanced logistic regression on standardised features; C chosen within the training fold."""
-    scaler = StandardScaler().fit(Z[fold.train])
-    X, y = scaler.transform(Z[fold.train]), cells.label[fold.train]
-    C = _choose_C(X, y, None if cells.group is None else cells.group[fold.train], seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # told in the note instead
-        model = _model(C).fit(X, y)
+    train, test = _standardised(Z, fold)
+    y = cells.label[fold.train]
+    at = stratified(y, CHOOSE_CELLS, seed)
+    inside = inner(y[at], _groups(cells, fold.train[at]), seed)
+    C = C_GRID[_choose(_logistic_curve, train[at], y[at], inside, seed)]
+    model = fit_logistic(train, y, C)
     stopped = f"; stopped after {MAX_ITER} iterations" if model.n_iter_.max() >= MAX_ITER else ""
-    return model.predict_proba(scaler.transform(Z[fold.test])), f"C={C:g}{stopped}"
+    return model.predict_proba(test), f"C={C:g}{stopped}"
 
 
-def _model(C: float, warm_start: bool = False) -> LogisticRegression:
-    return LogisticRegression(C=C, class_weight="balanced", max_iter=MAX_ITER, warm_start=warm_start)
-
-
-def _choose_C(X: np.ndarray, y: np.ndarray, group: np.ndarray | None, seed: int) -> float:
-    """The C with the best macro-F1 in up to three inner folds, over groups if there are several; ties:
-    smaller.
-    """
-    splitter: Any
-    if group is not None and len(np.unique(group)) > 1:
-        splitter = StratifiedGroupKFold(min(3, len(np.unique(group))), shuffle=True, random_state=seed)
-    else:
-        splitter, group = StratifiedKFold(3, shuffle=True, random_state=seed), None
-    scores = np.zeros(len(C_GRID))
+def fit_logistic(X: np.ndarray, y: np.ndarray, C: float) -> LogisticRegression:
+    """Logistic regression with balanced class weights; where it stopped early is told by its ``n_iter_``."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=RARE, category=UserWarning)
         warnings.simplefilter("ignore", ConvergenceWarning)
-        for fit, check in splitter.split(X, y, group):
-            if len(np.unique(y[fit])) < 2 or not len(check):
-                continue
-            model = _model(C_GRID[0], warm_start=True)  # each C starts from the solution of the one before
-            for i, C in enumerate(C_GRID):
-                guess = model.set_params(C=C).fit(X[fit], y[fit]).predict(X[check])
-                judged = np.unique(y[check])
-                scores[i] += f1_score(y[check], guess, labels=judged, average="macro", zero_division=0)
-    return C_GRID[int(np.argmax(scores))]
+        return LogisticRegression(C=C, class_weight="balanced", max_iter=MAX_ITER).fit(X, y)
 
 
-def knn(Z: np.ndarray, cells: Cells, fold: Fold, seed: int) -> tuple[np.ndarray, str]:
-    """Votes of the 15 nearest training cells by cosine distance, weighted by its inverse."""
-    k = min(N_NEIGHBORS, len(fold.train))
-    model = KNeighborsClassifier(k, metric="cosine", weights="distance", algorithm="brute")
-    return model.fit(Z[fold.train], cells.label[fold.train]).predict_proba(Z[fold.test]), f"k={k}"
+def knn(Z: np.ndarray, cells: Cells, fold: Fold, seed: int) -> Probe:
+    """Votes of the nearest training cells by cosine distance, weighted by its inverse; k chosen within the
+    training fold.
+    """
+    y = cells.label[fold.train]
+    at = stratified(y, CHOOSE_CELLS, seed)
+    inside = inner(y[at], _groups(cells, fold.train[at]), seed)
+    k = min(K_GRID[_choose(_knn_curve, Z[fold.train[at]], y[at], inside, seed)], len(fold.train))
+    distances, indices = near(Z[fold.train], Z[fold.test], k)
+    classes, code = np.unique(y, return_inverse=True)
+    return votes(distances, code[indices], len(classes)), f"k={k}"
 
 
-def majority(Z: np.ndarray, cells: Cells, fold: Fold, seed: int) -> tuple[np.ndarray, str]:
+def near(train: np.ndarray, test: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine distances to the k nearest training rows, and which they are: [test rows, k], nearest first."""
+    model = NearestNeighbors(n_neighbors=min(k, len(train)), metric="cosine", algorithm="brute").fit(train)
+    distances, indices = model.kneighbors(test)
+    return distances, indices
+
+
+def votes(distances: np.ndarray, classes: np.ndarray, n_classes: int) -> np.ndarray:
+    """Shares of the classes among neighbours weighted by inverse distance, [rows, n_classes].
+
+    A neighbour at no distance outvotes all others.
+    """
+    same = distances <= 0
+    weight = np.where(same.any(1, keepdims=True), same, 1 / np.where(same, 1, distances))
+    out = np.zeros((len(distances), n_classes))
+    np.add.at(out, (np.arange(len(distances))[:, None], classes), weight)
+    return out / out.sum(1, keepdims=True)
+
+
+def mlp(Z: np.ndarray, cells: Cells, fold: Fold, seed: int) -> Probe:
+    """One hidden layer of rectified units on standardised features, trained by Adam.
+
+    Its width and the number of gradient steps are chosen on an inner fold; wide representations are first reduced to
+    100 principal components of the training fold. Classes are not re-weighted, so that its probabilities
+    have the frequencies of the training fold.
+    """
+    Z, note = narrow(Z, fold.train, seed)
+    train, test = _standardised(Z, fold)
+    y = cells.label[fold.train]
+    at = stratified(y, CHOOSE_CELLS, seed)
+    inside = inner(y[at], _groups(cells, fold.train[at]), seed)[:1]
+    best, n_fit = _choose(_mlp_curve, train[at], y[at], inside, seed), len(inside[0].train) if inside else 0
+    hidden, epochs = HIDDEN_GRID[best // MAX_EPOCHS], best % MAX_EPOCHS + 1
+    if inside:  # as many gradient steps as were found best there
+        epochs = max(1, round(epochs * -(-n_fit // BATCH) / -(-len(y) // BATCH)))
+    model, classes = _network(hidden, len(y), seed), np.unique(y)
+    for _ in range(epochs):
+        model.partial_fit(train, y, classes=classes)
+    return model.predict_proba(test), f"hidden={hidden}, {epochs} epochs{note}"
+
+
+def narrow(Z: np.ndarray, train: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
+    """A wide representation in 100 principal components of its training rows, and a note that says so."""
+    n = min(NARROW, len(train) - 1)
+    if Z.shape[1] <= WIDE or n < 2:
+        return Z, ""
+    model = PCA(n, svd_solver="randomized", random_state=seed).fit(Z[train])
+    return model.transform(Z), f"; on {n} components of the training fold"
+
+
+def majority(Z: np.ndarray, cells: Cells, fold: Fold, seed: int) -> Probe:
     """The frequencies of the training labels, whatever the cell."""
     size = np.bincount(cells.label[fold.train])
     return np.tile(size[size > 0] / len(fold.train), (len(fold.test), 1)), ""
 
 
-HEADS = {"logistic": logistic, "knn": knn, "majority": majority}
+HEADS: dict[str, Callable[[np.ndarray, Cells, Fold, int], Probe]] = {
+    "logistic": logistic,
+    "knn": knn,
+    "mlp": mlp,
+    "majority": majority,
+}
 """Probe → function of (features of all cells, cells, fold, seed) that returns class probabilities of the test
 cells, [test cells, classes in the training fold], and a note.
 """
+
+
+def _standardised(Z: np.ndarray, fold: Fold) -> tuple[np.ndarray, np.ndarray]:
+    scaler = StandardScaler().fit(Z[fold.train])
+    return scaler.transform(Z[fold.train]), scaler.transform(Z[fold.test])
+
+
+def _groups(cells: Cells, rows: np.ndarray) -> np.ndarray | None:
+    return None if cells.group is None else cells.group[rows]
+
+
+Curve = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int], Sequence[float]]
+
+
+def _choose(curve: Curve, X: np.ndarray, y: np.ndarray, inside: Sequence[Fold], seed: int) -> int:
+    """Which candidate has the best macro-F1, summed over these inner folds; ties: the first."""
+    total: np.ndarray | None = None
+    for fit, check in inside:
+        scores = np.asarray(curve(X[fit], y[fit], X[check], y[check], seed))
+        total = scores if total is None else total + scores
+    return 0 if total is None else int(np.argmax(total))
+
+
+def _macro_f1(truth: np.ndarray, guess: np.ndarray) -> float:
+    return float(f1_score(truth, guess, labels=np.unique(truth), average="macro", zero_division=0))
+
+
+def _logistic_curve(
+    X: np.ndarray, y: np.ndarray, X_check: np.ndarray, y_check: np.ndarray, seed: int
+) -> Sequence[float]:
+    scores = []
+    # each C starts from the solution of the one before
+    model = LogisticRegression(class_weight="balanced", max_iter=MAX_ITER, warm_start=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for C in C_GRID:
+            scores.append(_macro_f1(y_check, model.set_params(C=C).fit(X, y).predict(X_check)))
+    return scores
+
+
+def _knn_curve(
+    X: np.ndarray, y: np.ndarray, X_check: np.ndarray, y_check: np.ndarray, seed: int
+) -> Sequence[float]:
+    distances, indices = near(X, X_check, K_GRID[-1])
+    classes, code = np.unique(y, return_inverse=True)
+    return [
+        _macro_f1(y_check, classes[votes(distances[:, :k], code[indices[:, :k]], len(classes)).argmax(1)])
+        for k in K_GRID
+    ]
+
+
+def _mlp_curve(
+    X: np.ndarray, y: np.ndarray, X_check: np.ndarray, y_check: np.ndarray, seed: int
+) -> Sequence[float]:
+    """Macro-F1 after each epoch of each width; epochs after the patience has run out count as no better."""
+    scores = np.full((len(HIDDEN_GRID), MAX_EPOCHS), -1.0)
+    for i, hidden in enumerate(HIDDEN_GRID):
+        model, best, classes = _network(hidden, len(X), seed), 0, np.unique(y)
+        for epoch in range(MAX_EPOCHS):
+            scores[i, epoch] = _macro_f1(y_check, model.partial_fit(X, y, classes=classes).predict(X_check))
+            best = epoch if scores[i, epoch] > scores[i, best] else best
+            if epoch - best >= PATIENCE:
+                break
+        scores[i, epoch + 1 :] = scores[i, best] - 0.05
+    return scores.ravel()
+
+
+def _network(hidden: int, n: int, seed: int) -> MLPClassifier:
+    return MLPClassifier(
+        (hidden,), alpha=1e-3, batch_size=min(BATCH, n), learning_rate_init=3e-3, random_state=seed
+    )
