@@ -19,7 +19,7 @@ import scjax.eval
 from scjax.eval import environment, stats
 from scjax.eval.baselines import Expression, find_counts
 from scjax.eval.checks import stratified
-from scjax.eval.tables import MEAN
+from scjax.eval.schema import MEAN
 
 QUALITY = {"oracle": 0.05, "good": 0.9, "weak": 3.0}  # spread of cells around the centre of their type
 
@@ -339,27 +339,6 @@ def test_agreement_intervals_hold_their_value_even_for_noise():
     found = scjax.eval.clustering(X["noise"], label, n_boot=300)
     rows = [r for r in found.rows if r["metric"] in ("nmi", "ari") and r["ci_low"] is not None]
     assert rows and all(r["ci_low"] <= r["value"] <= r["ci_high"] for r in rows)
-
-
-def test_paired_differences_have_the_right_sign_and_use_the_pairing():
-    X, label, group, _ = planted(n=240, better=1.1)
-    X["worse"] = X["better"] + 0.7 * np.random.default_rng(1).normal(size=X["better"].shape)
-    results = scjax.eval.Results()
-    for name in ("better", "worse", "noise"):
-        results.extend(scjax.eval.annotation(X[name], label, group, name=name, heads=("knn",), n_boot=400))
-    results.extend(scjax.eval.annotation(X["better"], label, group, name="copy", heads=("knn",), n_boot=400))
-    for model, other in (("better", "noise"), ("noise", "better"), ("better", "copy"), ("better", "worse")):
-        results.compare("annotation", "knn", "", model, other, "test")
-    frame = results.to_frame()
-    mean = frame[frame["metric"].eq("macro_f1") & frame["group"].eq(MEAN)].set_index(["model_id", "versus"])
-    assert mean.loc[("better", "noise"), "ci_low"] > 0 > mean.loc[("noise", "better"), "ci_high"]
-    assert mean.loc[("better", "noise"), "value"] == pytest.approx(-mean.loc[("noise", "better"), "value"])
-    same = mean.loc[("better", "copy")]
-    assert same["value"] == same["ci_low"] == same["ci_high"] == 0
-    width = mean["ci_high"] - mean["ci_low"]
-    alone = np.hypot(width["better", ""], width["worse", ""])
-    assert width["better", "worse"] < 0.9 * alone  # errors are shared, so pairing helps
-    assert set(frame.loc[frame["versus"].ne(""), "group"]) == {"g0", "g1", "g2", MEAN}
 
 
 def test_resamples_are_the_same_for_all_and_differ_between_groups():

@@ -15,7 +15,7 @@ from scjax.eval import stats
 from scjax.eval.checks import matrix, select, stratified
 from scjax.eval.environment import missing, one_thread, version
 from scjax.eval.results import Results, row
-from scjax.eval.tables import FIXED, ORACLE, SWEEP
+from scjax.eval.schema import FIXED, ORACLE, SWEEP
 
 RESOLUTIONS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
 N_NEIGHBORS = 15

@@ -10,6 +10,7 @@ nothing more is needed for a paired interval.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -33,6 +34,25 @@ def interval(score: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     tail = (1 - level) / 2
     low, high = np.nanquantile(score[1:], [tail, 1 - tail])
     return float(low), float(high)
+
+
+def p_value(difference: np.ndarray) -> float:
+    """Two-sided p-value of a paired difference: how often its resamples fall on the other side of zero.
+
+    One is added to both counts, so that it is never below 2 / (resamples + 1).
+    """
+    resamples = difference[1:][np.isfinite(difference[1:])]
+    below, above = ((resamples <= 0).sum(), (resamples >= 0).sum())
+    return float(min(1.0, 2 * (1 + min(below, above)) / (1 + len(resamples))))
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """p-values corrected for their number, step down (Holm 1979)."""
+    p = np.asarray(p_values, np.float64)
+    order = np.argsort(p, kind="stable")
+    out = np.empty_like(p)
+    out[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p)))))
+    return out
 
 
 def centred(score: np.ndarray) -> np.ndarray:
