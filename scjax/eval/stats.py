@@ -67,12 +67,10 @@ def centred(score: np.ndarray) -> np.ndarray:
 
 def tally(codes: np.ndarray, n_codes: int, weights: np.ndarray) -> np.ndarray:
     """Weighted counts of each code: int64[len(weights), n_codes]."""
-    counts = np.zeros((len(weights), n_codes), np.int64)
-    if len(codes):
-        order = np.argsort(codes, kind="stable")
-        present, start = np.unique(codes[order], return_index=True)
-        counts[:, present] = np.add.reduceat(weights[:, order], start, axis=1, dtype=np.int64)
-    return counts
+    member = np.zeros((len(codes), n_codes), np.float32)
+    member[np.arange(len(codes)), codes] = 1
+    # single precision counts exactly to 2^24, more cells than are ever resampled
+    return (weights.astype(np.float32) @ member).astype(np.int64)
 
 
 def classification(
@@ -152,11 +150,70 @@ def median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return values[order][np.stack(middle)].mean(0)
 
 
-def calibration_error(confidence: np.ndarray, correct: np.ndarray, n_bins: int = 15) -> float:
-    """Expected calibration error with bins of equal mass."""
+def ranking(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """How well a score ranks positives above the rest: AUROC, average precision (both as in scikit-learn:
+    ties count half in the one and share a threshold in the other, so their order is of no account) and the
+    false positive rate at the threshold that finds 95 % of the positives.
+
+    NaN where a resample lacks positives or negatives.
+
+    Args:
+        score: [n], higher for positives. positive: bool[n]. weights: [1 + n_boot, n].
+    """
+    order = np.argsort(-score, kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))  # last of each run of ties
+    drawn = weights[:, order].astype(np.float32)
+    hits = np.cumsum(drawn * positive[order], axis=1, dtype=np.float64)[:, ends]
+    misses = np.cumsum(drawn * ~positive[order], axis=1, dtype=np.float64)[:, ends]
+    with np.errstate(invalid="ignore"):
+        recall, fpr = hits / hits[:, -1:], misses / misses[:, -1:]  # NaN where there are none
+        precision = hits / np.maximum(hits + misses, 1)
+    step, before = np.diff(recall, axis=1, prepend=0), recall - np.diff(recall, axis=1, prepend=0) / 2
+    at = np.argmax(recall >= 0.95 - 1e-9, axis=1)
+    undefined = np.isnan(recall[:, -1] + fpr[:, -1])
+    found = {
+        "auroc": (np.diff(fpr, axis=1, prepend=0) * before).sum(1),
+        "average_precision": (step * precision).sum(1),
+        "fpr95": fpr[np.arange(len(fpr)), at],
+    }
+    return {name: np.where(undefined, np.nan, value) for name, value in found.items()}
+
+
+def over_repeats(scores: Sequence[np.ndarray], n_boot: int, seed: int, name: str) -> np.ndarray:
+    """Mean of one score over repeated samples of the data, its resamples over samples and cells.
+
+    Each resample draws as many of the samples as there are, with replacement, and of each its own resample;
+    a score that has none enters by its value. Samples where it is undefined are left out. One sample: its
+    score as it is.
+    """
+    if len(scores) == 1:
+        return scores[0]
+    defined = [s for s in scores if np.isfinite(s[0])]
+    if not defined:
+        return np.array([np.nan])
+    value = np.mean([s[0] for s in defined])
+    if not n_boot:
+        return np.array([value])
+    table = np.stack([s[1:] if len(s) > 1 else np.full(n_boot, s[0]) for s in defined])
+    drawn = resample(len(defined), n_boot, seed, name)[1:].T / len(defined)
+    return np.append(value, (table * drawn).sum(0))
+
+
+def calibration(confidence: np.ndarray, correct: np.ndarray, n_bins: int = 15) -> dict[str, np.ndarray]:
+    """Mean confidence, share of correct answers and number of cells in up to 15 bins of equal mass."""
     order = np.argsort(confidence, kind="stable")
     bins = [b for b in np.array_split(order, n_bins) if len(b)]
-    return float(sum(abs(confidence[b].mean() - correct[b].mean()) * len(b) for b in bins) / len(confidence))
+    return {
+        "confidence": np.array([confidence[b].mean() for b in bins]),
+        "accuracy": np.array([correct[b].mean() for b in bins]),
+        "n": np.array([len(b) for b in bins]),
+    }
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray, n_bins: int = 15) -> float:
+    """Expected calibration error with bins of equal mass."""
+    bins = calibration(confidence, correct, n_bins)
+    return float(np.abs(bins["confidence"] - bins["accuracy"]) @ bins["n"] / len(confidence))
 
 
 def _row_mean(values: np.ndarray) -> np.ndarray:
