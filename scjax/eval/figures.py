@@ -1,8 +1,7 @@
-"""Figures of the report: functions from results to SVG, as data addresses that a page can hold."""
+"""Drawing for the report: the style, and the figures of cell-level tasks; functions from results to SVG."""
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -67,20 +66,20 @@ STYLE: dict[str, Any] = {
 }
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def _svg(figure: Figure) -> str:
-    """The figure as a data address."""
+def svg(figure: Figure) -> bytes:
+    """The figure as the bytes of an SVG file."""
     out = io.BytesIO()
     figure.savefig(out, format="svg", dpi=170, metadata={"Date": None, "Creator": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
+    return out.getvalue()
 
 
-def _styled(draw: Any) -> Any:
+def styled(draw: Any) -> Any:
     """Draw in the report's style, whatever the user's own settings."""
 
     def drawn(*args: Any, **kwargs: Any) -> Any:
@@ -92,18 +91,18 @@ def _styled(draw: Any) -> Any:
     return drawn
 
 
-def _colour(model_id: str, kind: str) -> str:
+def colour_of(model_id: str, kind: str) -> str:
     if tables.is_twin(model_id):
         return ORANGE
     return {"model": BLUE, "baseline": INK, "control": "#a4abb3", "oracle": GREEN}[kind]
 
 
-@_styled
+@styled
 def curves(
     series: Mapping[str, tuple[np.ndarray, np.ndarray]], error: str, baseline: str | None, nothing: str
-) -> str:
+) -> bytes:
     """Training and validation error over steps, beside the no-information baseline, called ``nothing``."""
-    figure = _figure(7.6, 3.1)
+    figure = blank(7.6, 3.1)
     axes = figure.subplots()
     shown = 0.0
     for name, (step, value) in series.items():
@@ -122,37 +121,53 @@ def curves(
     axes.set_ylabel({"masked_mse": "mean squared error", "masked_ce": "cross-entropy"}.get(error, error))
     axes.grid(axis="y", color=RULE, lw=0.6)
     axes.legend(loc="upper right", ncols=3)
-    return _svg(figure)
+    return svg(figure)
 
 
-@_styled
-def forest(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Paired differences with their intervals, one line each, around zero."""
-    figure = _figure(7.6, 0.9 + 0.27 * len(rows))
+@styled
+def probes(series: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> bytes:
+    """Scores of frozen probes over training steps, one line each."""
+    figure = blank(7.6, 3.1)
     axes = figure.subplots()
-    ends = [abs(r[k]) for r in rows for k in ("ci_low", "ci_high")]
+    for i, (name, (step, value)) in enumerate(series.items()):
+        axes.plot(step, value, color=PALETTE[i % len(PALETTE)], lw=1.6, marker="o", ms=3, label=name)
+    axes.set_xlabel("training step")
+    axes.grid(axis="y", color=RULE, lw=0.6)
+    figure.legend(loc="outside right center")
+    return svg(figure)
+
+
+@styled
+def forest(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Paired differences with their intervals, one line each, around zero; ahead is to the right."""
+    figure = blank(7.6, 0.9 + 0.27 * len(rows))
+    axes = figure.subplots()
+    limit = 0.0
     for y, r in enumerate(rows):
+        value, low, high = tables.advantage(r)
         colour = ORANGE if r["versus_role"] == verdict.TWIN else INK
-        axes.plot([r["ci_low"], r["ci_high"]], [y, y], color=colour, lw=1.8, solid_capstyle="round")
-        axes.plot(r["value"], y, "o", color=colour, ms=5)
+        axes.plot([low, high], [y, y], color=colour, lw=1.8, solid_capstyle="round")
+        axes.plot(value, y, "o", color=colour, ms=5)
+        limit = max(limit, abs(low), abs(high))
     axes.axvline(0, color=MUTED, lw=0.8)
-    limit = max(max(ends) * 1.08, 0.05)
+    limit = 1.08 * limit or 0.05
     axes.set_xlim(-limit, limit)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_yticks(range(len(rows)), [f"{tables.describe(r)}  −  {r['versus']}" for r in rows])
+    names = [f"{r['track']}: " * bool(r["track"]) + f"{tables.describe(r)}  −  {r['versus']}" for r in rows]
+    axes.set_yticks(range(len(rows)), names)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x", color=RULE, lw=0.6)
     axes.set_xlabel("← behind        difference of the model        ahead →")
-    return _svg(figure)
+    return svg(figure)
 
 
-@_styled
-def confusion(panels: Sequence[Mapping[str, Any]]) -> str:
+@styled
+def confusion(panels: Sequence[Mapping[str, Any]]) -> bytes:
     """Row-normalised confusion matrices of one model, side by side by held-out group."""
     names = panels[0]["labels"]
     size = max(2.6, 0.36 * len(names) + 0.4)
-    figure = _figure(min(11.0, size * len(panels) + 1.7), min(9.0, size + 1.1))
+    figure = blank(min(11.0, size * len(panels) + 1.7), min(9.0, size + 1.1))
     for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True):
         counts = np.asarray(panel["counts"], float)
         support = counts.sum(1, keepdims=True)
@@ -173,21 +188,21 @@ def confusion(panels: Sequence[Mapping[str, Any]]) -> str:
         axes.set_title(f"held out: {panel['group']}", loc="left")
         axes.set_xlabel("predicted")
     figure.axes[0].set_ylabel("true")
-    return _svg(figure)
+    return svg(figure)
 
 
-@_styled
-def per_class(frame: pd.DataFrame, shown: Sequence[tuple[str, str]]) -> str:
+@styled
+def per_class(frame: pd.DataFrame, shown: Sequence[tuple[str, str]]) -> bytes:
     """F1 of each class, mean over held-out groups that have it, of a few representations."""
     rows = frame[frame["task"].eq("annotation") & frame["metric"].eq("f1") & frame["head"].eq("logistic")]
     first = rows[rows["model_id"] == shown[0][0]]
     support = first.groupby("label")["n_cells"].sum().sort_values(ascending=False)
-    figure = _figure(7.6, 1.0 + 0.27 * len(support))
+    figure = blank(7.6, 1.0 + 0.27 * len(support))
     axes = figure.subplots()
     for model, kind in shown:
         value = rows[rows["model_id"] == model].groupby("label")["value"].mean().reindex(support.index)
         filled = kind == "model"
-        colour = _colour(model, kind)
+        colour = colour_of(model, kind)
         look: dict[str, Any] = (
             {"ms": 6.5, "mfc": colour, "zorder": 4} if filled else {"ms": 6, "mfc": "white", "zorder": 3}
         )
@@ -200,21 +215,21 @@ def per_class(frame: pd.DataFrame, shown: Sequence[tuple[str, str]]) -> str:
     axes.grid(color=RULE, lw=0.6)
     axes.spines["left"].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(shown))
-    return _svg(figure)
+    return svg(figure)
 
 
-@_styled
-def bio_and_batch(frame: pd.DataFrame) -> str:
+@styled
+def bio_and_batch(frame: pd.DataFrame) -> bytes:
     """Bio conservation against batch mixing; the good corner is the upper right."""
     rows = frame[frame["task"].eq("integration") & frame["versus"].eq("") & frame["status"].eq("ok")]
     table = rows[rows["metric"].isin(("bio", "batch"))].pivot(
         index=["model_id", "model_kind"], columns="metric", values=["value", "ci_low", "ci_high"]
     )
-    figure = _figure(5.6, 4.4)
+    figure = blank(5.6, 4.4)
     axes = figure.subplots()
     spots = []
     for (model, kind), r in table.iterrows():
-        x, y, colour = float(r["value", "batch"]), float(r["value", "bio"]), _colour(model, kind)
+        x, y, colour = float(r["value", "batch"]), float(r["value", "bio"]), colour_of(model, kind)
         if pd.notna(r["ci_low", "bio"]):
             axes.plot([r["ci_low", "batch"], r["ci_high", "batch"]], [y, y], color=colour, lw=1)
             axes.plot([x, x], [r["ci_low", "bio"], r["ci_high", "bio"]], color=colour, lw=1)
@@ -226,7 +241,7 @@ def bio_and_batch(frame: pd.DataFrame) -> str:
     axes.set_xlabel("batch mixing →")
     axes.set_ylabel("bio conservation →")
     axes.grid(color=RULE, lw=0.6)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _label_points(axes: Axes, spots: Sequence[tuple[float, float, str, str, str]]) -> None:
@@ -247,11 +262,11 @@ def _label_points(axes: Axes, spots: Sequence[tuple[float, float, str, str, str]
         )
 
 
-@_styled
-def maps(panels: Sequence[Mapping[str, Any]], colours: Mapping[str, Any]) -> str:
+@styled
+def maps(panels: Sequence[Mapping[str, Any]], colours: Mapping[str, Any]) -> bytes:
     """UMAP of each representation (rows) coloured by label and by batch (columns)."""
     by = [c for c in ("label", "batch") if c in colours]
-    figure = _figure(4.3 * len(by), 3.3 * len(panels))
+    figure = blank(4.3 * len(by), 3.3 * len(panels))
     grid = figure.subplots(len(panels), len(by), squeeze=False)
     order = np.random.default_rng(0).permutation(
         len(panels[0]["xy"])
@@ -265,7 +280,7 @@ def maps(panels: Sequence[Mapping[str, Any]], colours: Mapping[str, Any]) -> str
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             axes.set_title(f"{panel['model_id']}, by {colours[side]['key']}")
-    return _svg(figure)
+    return svg(figure)
 
 
 def legend(colours: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -1,98 +1,194 @@
-"""The report: one HTML file that explains itself, with every table and figure inside."""
+"""The report: what an evaluation found, as one page that explains itself (HTML) or as Markdown."""
 
 from __future__ import annotations
 
-import json
+import base64
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
-from scjax.eval import figures, tables, verdict
+from scjax.eval import pictures, tables, verdict
 from scjax.eval.environment import missing, version
+from scjax.eval.pictures import Curves, Picture
+from scjax.eval.schema import MEAN, METRICS, TASKS
 
 if TYPE_CHECKING:
     from scjax.eval.results import Results
 
-LOWER_IS_BETTER = ("log_loss", "ece")
 PAGE_COLUMNS = 9
+FOLD = 3  # parts of a task with an open table each; of more, all but the picture of them is folded away
 
-Curves = str | os.PathLike[str] | Sequence[Mapping[str, Any]]
+
+@dataclass(frozen=True)
+class Table:
+    """A table of scores: columns under spanning headings, lines, and the best of each column."""
+
+    columns: list[tables.Column]
+    spans: list[tuple[str, int]]
+    lines: list[tables.Line]
+    best: list[str | None]
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the report says of a task: its tables by track, its pictures."""
+
+    task: str
+    tracks: dict[str, list[Table]]
+    splits: list[str]
+    pictures: list[Picture] = field(default_factory=list)
+
+    @property
+    def anchor(self) -> str:
+        """Name of the section within the page."""
+        return re.sub(r"\W+", "-", self.task)
+
+    @property
+    def title(self) -> str:
+        return TASKS[self.task].title
+
+    @property
+    def intro(self) -> str:
+        return TASKS[self.task].intro
+
+    @property
+    def note(self) -> str:
+        """How to read the tables."""
+        down = {c.title for pieces in self.tracks.values() for t in pieces for c in t.columns if _min(c)}
+        lower = f" Lower is better: {', '.join(sorted(down))}." if down else ""
+        return f"Bold: best of models and baselines.{lower} {TASKS[self.task].note}".strip()
+
+    @property
+    def folded(self) -> bool:
+        return len(self.tracks) > FOLD
 
 
 def write(
     results: Results, path: Path, title: str | None, curves: Curves | None, facts: Mapping[str, Any]
 ) -> Path:
     """Write the report of ``results``; see :meth:`scjax.eval.Results.report`."""
+    content = contents(results, title, curves, facts)
+    if path.suffix in (".md", ".markdown"):
+        from scjax.eval import markdown
+
+        return markdown.write(content, path)
+    return _write_whole(path, _html(content))
+
+
+def contents(
+    results: Results, title: str | None, curves: Curves | None, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that the report says, whatever the format."""
+    frame = results.to_frame()
+    drawing = not missing("matplotlib")
+    maps, legend = pictures.maps(results) if drawing else ([], [])
+    skipped = (p["note"] for p in results.panels if p["panel"] == "map" and p["status"] == "skipped")
+    sections = _sections(results, frame, drawing)
+    named = ", ".join(s.title for s in sections)
+    return {
+        "title": title or f"Evaluation{': ' if named else ''}{named.lower()}",
+        "scored": _scored(results.facts),
+        "few_groups": 0 < results.facts.get("n_groups", 0) < 10 and results.facts["n_groups"],
+        "gates": results.gates(),
+        "verdicts": [_verdict(frame, model) for model in models(frame)],
+        "sections": sections,
+        "training": None if curves is None else pictures.training(curves),
+        "maps": maps,
+        "legend": legend,
+        "no_maps": next(skipped, ""),
+        "no_pictures": "" if drawing else missing("matplotlib"),
+        "card": card(results.facts, facts),
+        "rows": {n: WHAT[n] for n in WHAT if n in set(frame["model_id"].str.split(" of ").str[0])},
+        "scjax": version("scjax"),
+    }
+
+
+def _html(content: Mapping[str, Any]) -> str:
     if reason := missing("jinja2"):
-        raise ImportError(f"the report needs jinja2, {reason}")
+        raise ImportError(f"the HTML report needs jinja2, {reason}; a report ending in .md does without")
     import jinja2
 
-    frame = results.to_frame()
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"value": tables.value, "bounds": tables.bounds, "state": verdict.state}
-    page = environment.get_template("report.html.j2").render(
-        title=title or "Evaluation of cell embeddings",
-        facts=results.facts,
-        gates=results.gates(),
-        verdicts=[_verdict(frame, model) for model in _models(frame)],
-        tasks={task: _tables(frame, task) for task in tables.TASKS if task in set(frame["task"])},
-        training=None if curves is None else _training(curves),
-        pictures=_pictures(results, frame) if not missing("matplotlib") else {},
-        no_pictures=missing("matplotlib"),
-        card=_card(results.facts, facts),
-        skipped_maps=next(
-            (p["note"] for p in results.panels if p["panel"] == "map" and p["status"] == "skipped"), ""
-        ),
-        versions=results.facts.get("versions", {}),
-        scjax=version("scjax"),
-    )
+    environment.filters |= {
+        "value": tables.value,
+        "bounds": tables.bounds,
+        "state": verdict.state,
+        "address": lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg).decode(),
+        "has_p": lambda cell: cell is not None and p_value(cell) is not None,
+        "p": lambda cell: f"{p_value(cell):.2g}",
+    }
+    return environment.get_template("report.html.j2").render(**content)
+
+
+def _write_whole(path: Path, text: str) -> Path:
+    """Write to a neighbour and rename, so that ``path`` is the whole file or is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return path
 
 
-def _models(frame: pd.DataFrame) -> list[str]:
+def models(frame: pd.DataFrame) -> list[str]:
+    """What is being evaluated."""
     return list(dict.fromkeys(frame.loc[frame["model_kind"] == "model", "model_id"]))
 
 
-def _tables(frame: pd.DataFrame, task: str) -> list[dict[str, Any]]:
-    """The table of a task, cut between its spanning headings into pieces that fit on a page."""
-    shown = tables.columns(frame, task)
+def p_value(cell: Mapping[str, Any]) -> float | None:
+    """The p-value of a difference, corrected where it belongs to a family."""
+    for name in ("p_holm", "p_value"):
+        if cell.get(name) is not None and not pd.isna(cell[name]):
+            return float(cell[name])
+    return None
+
+
+def _sections(results: Results, frame: pd.DataFrame, drawing: bool) -> list[Section]:
+    tracks: dict[str, dict[str, list[Table]]] = {}
+    for task, track, rows in tables.sections(frame):
+        tracks.setdefault(task, {})[track] = _tables(rows, task)
+    found = []
+    for task, of in tracks.items():
+        schemes = frame.loc[frame["task"].eq(task) & frame["split_scheme"].ne(""), "split_scheme"]
+        drawn = pictures.of_task(results, frame, task) if drawing else []
+        found.append(Section(task, of, list(dict.fromkeys(schemes)), drawn))
+    return found
+
+
+def _tables(rows: pd.DataFrame, task: str) -> list[Table]:
+    """The table of a section, cut between its spanning headings into pieces that fit on a page."""
+    shown = tables.columns(rows, task)
     pieces: list[list[tables.Column]] = [[]]
     for over in dict.fromkeys(column.over for column in shown):
         span = [column for column in shown if column.over == over]
-        if len(pieces[-1]) + len(span) > PAGE_COLUMNS:
+        if len(pieces[-1]) + len(span) > PAGE_COLUMNS and pieces[-1]:
             pieces.append([])
         pieces[-1] += span
-    return [_table(frame, task, piece) for piece in pieces]
+    return [_table(rows, piece) for piece in pieces]
 
 
-def _table(frame: pd.DataFrame, task: str, shown: list[tables.Column]) -> dict[str, Any]:
-    """Columns, spanning headings, lines, and in each column the best among models and baselines."""
-    lines = tables.lines(frame, task, shown)
+def _table(rows: pd.DataFrame, shown: list[tables.Column]) -> Table:
+    lines = tables.lines(rows, shown)
     overs = [column.over for column in shown]
     best = []
     for i, column in enumerate(shown):
-        sign = -1 if column.fields["metric"] in LOWER_IS_BETTER else 1
+        sign = -1 if _min(column) else 1
         rivals = [line for line in lines if line.kind in ("model", "baseline") and _has_value(line.cells[i])]
         values = {line.model_id: sign * line.cells[i]["value"] for line in rivals}  # type: ignore[index]
         best.append(max(values, key=lambda m: values[m]) if values else None)
-    return {
-        "columns": shown,
-        "spans": [(o, overs.count(o)) for o in dict.fromkeys(overs)],
-        "lines": lines,
-        "best": best,
-    }
+    return Table(shown, [(o, overs.count(o)) for o in dict.fromkeys(overs)], lines, best)
+
+
+def _min(column: tables.Column) -> bool:
+    return METRICS[column.fields["metric"]].direction == "min"
 
 
 def _has_value(cell: Mapping[str, Any] | None) -> bool:
@@ -105,121 +201,103 @@ def _verdict(frame: pd.DataFrame, model: str) -> dict[str, Any]:
     for score in verdict.leading(frame):
         rows = score.pick(frame[frame["model_id"].eq(model)])
         groups = list(dict.fromkeys(rows["group"]))
-        for group in groups if len(groups) <= 6 else [tables.MEAN]:
+        for group in groups if len(groups) <= 6 else [MEAN]:
             found = {r["versus_role"]: r for r in rows[rows["group"] == group].to_dict("records")}
-            twin, best = found.get(verdict.TWIN), found.get(verdict.BEST)
-            lines.append({"own": found[""], "what": tables.describe(found[""]), "twin": twin, "best": best})
+            if own := found.get(""):
+                twin, best = found.get(verdict.TWIN), found.get(verdict.BEST)
+                what = f"{score.title}: {tables.describe(own)}"
+                lines.append({"own": own, "what": what, "twin": twin, "best": best})
     return {"model": model, "lines": lines, "summary": verdict.summary(frame, model)}
 
 
-# error of a model -> that of what knows nothing of the cell, and what that is called
-BASELINES = {"masked_mse": ("gene_mean_mse", "gene means"), "masked_ce": ("frequency_ce", "frequencies")}
+# --------------------------------------------------------------------------------- data card
+WHAT = {
+    "random_init": "the same architecture before training: what it knows comes from the architecture and the "
+    "input encoding alone",
+    "pca": "50 principal components of log1p counts per 10,000 of 2,000 highly variable genes",
+    "hvg": "those genes themselves",
+    "depth_only": "log total counts, log number of genes, mitochondrial share: what library size tells",
+    "noise": "independent normal numbers",
+    "majority": "always the most frequent training label",
+    "collapsed": "all cells in nearly the same place",
+    "oracle": "the labels themselves, slightly jittered: the ceiling",
+}
+"""What the rows of cell-level tasks are."""
+
+# facts of the card, in its order, and what they are called; further facts follow under their own names
+NAMED = {
+    "dataset": "data",
+    "n_cells": "cells",
+    "dropped": "left out",
+    "labels": "labels",
+    "groups": "groups",
+    "batches": "batches",
+    "split_scheme": "split",
+    "embeddings": "embeddings",
+    "twins": "random-initialised twins",
+    "graph_cells": "clusters, integration, maps on",
+    "seed": "seed",
+    "n_boot": "resamples",
+    "pretrain_overlap": "overlap with pretraining data",
+    "wall_s": "seconds",
+    "created": "created",
+    "versions": "versions",
+}
+_WITHIN = {"n_cells_in", "n_cells_labelled", "label_key", "group_key", "batch_key", "n_groups", "tasks"}
+MOST_LISTED = 60  # entries of a fact that are written out
 
 
-def _training(curves: Curves) -> dict[str, Any] | None:
-    """Loss curves: the picture, and the last error beside that of the no-information baseline."""
-    if isinstance(curves, (str, os.PathLike)):
-        records = []
-        for text in Path(curves).read_text().splitlines():
-            try:
-                records.append(json.loads(text))
-            except json.JSONDecodeError:  # a line cut short when its run was killed
-                continue
+def _scored(facts: Mapping[str, Any]) -> str:
+    """What was scored, in one line."""
+    parts = [str(facts["dataset"])] if facts.get("dataset") else []
+    if facts.get("n_cells"):
+        parts.append(f"{facts['n_cells']:,} cells")
+    for name, key in (("labels", "label_key"), ("groups", "group_key"), ("batches", "batch_key")):
+        if facts.get(name):
+            parts.append(f"{len(facts[name])} {name}" + f" ({facts.get(key)})" * bool(facts.get(key)))
+    return ", ".join(parts)
+
+
+def card(facts: Mapping[str, Any], further: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The data card: what was scored, how it was split, what was left out, with what it was computed."""
+    lines = []
+    for key, name in NAMED.items():
+        if key in facts:
+            lines.append((_called(key, name, facts), _said(key, facts)))
+    rest = [k for k in facts if k not in NAMED and k not in _WITHIN]
+    lines += [(k.replace("_", " "), _plain(facts[k])) for k in rest]
+    return lines + [(str(k), _plain(v)) for k, v in further.items()]
+
+
+def _called(key: str, name: str, facts: Mapping[str, Any]) -> str:
+    column = {"labels": "label_key", "groups": "group_key", "batches": "batch_key"}.get(key, "")
+    return f"{name} ({facts.get(column) or f'no {column}'})" if column in facts else name
+
+
+def _said(key: str, facts: Mapping[str, Any]) -> str:
+    value = facts[key]
+    if key == "n_cells" and "n_cells_in" in facts:
+        return f"{value:,} scored of {facts['n_cells_in']:,} in the data"
+    if key == "embeddings":
+        return ", ".join(f"{k} ({s[1]} dimensions)" for k, s in value.items())
+    if key == "graph_cells":
+        return f"at most about {value:,} cells, stratified"
+    if key == "versions":
+        return ", ".join(f"{p} {v}" for p, v in value.items())
+    return _plain(value)
+
+
+def _plain(value: Any) -> str:
+    """A fact as text: ``B cell (120), NK cell (33)``."""
+    if isinstance(value, Mapping):
+        every = [f"{k} ({_plain(v)})" for k, v in value.items()]
+    elif isinstance(value, (list, tuple, set)):
+        every = [_plain(v) for v in value]
+    elif isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    elif isinstance(value, int):
+        return f"{value:,}"
     else:
-        records = [dict(r) for r in curves]
-    series: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for name in dict.fromkeys(k for r in records for k in r if k != "step"):
-        points = [
-            (r["step"], r[name]) for r in records if "step" in r and isinstance(r.get(name), (int, float))
-        ]
-        if points:
-            series[name] = (np.array([p[0] for p in points]), np.array([p[1] for p in points], float))
-    metrics = {name.rpartition("/")[2] for name in series}
-    error = next((m for m in (*BASELINES, "loss") if m in metrics), None)
-    if error is None:
-        return None
-    baseline, nothing = BASELINES.get(error, (None, ""))
-    out: dict[str, Any] = {"error": error, "nothing": nothing, "records": len(records)}
-    for split in ("validation", "train", ""):
-        prefix = f"{split}/" if split else ""
-        if prefix + error in series:
-            value = series[prefix + error][1]
-            last = max(1, len(value) // 20)  # the last twentieth of the run
-            out |= {
-                "split": split or "train",
-                "first": float(value[:last].mean()),
-                "last": float(value[-last:].mean()),
-            }
-            if baseline and prefix + baseline in series:
-                out["baseline"] = float(series[prefix + baseline][1][-last:].mean())
-            break
-    if not missing("matplotlib"):
-        out["picture"] = figures.curves(series, error, baseline, nothing)
-    return out
-
-
-def _pictures(results: Results, frame: pd.DataFrame) -> dict[str, Any]:
-    """Every figure that the results allow, by name."""
-    out: dict[str, Any] = {}
-    models = _models(frame)
-    rows = tables.differences(frame)
-    rows = rows[~rows["head"].isin(("knn", "kmeans")) & rows["metric"].ne("batch")]
-    rows = rows.sort_values("versus_role", ascending=False, kind="stable")
-    compared = {m: rows[rows["model_id"] == m].to_dict("records") for m in models}
-    out["forest"] = {m: figures.forest(of) for m, of in compared.items() if of}
-    confusions = [p for p in results.panels if p["panel"] == "confusion" and p["head"] == "logistic"]
-    confused = {m: [p for p in confusions if p["model_id"] == m] for m in models}
-    out["confusion"] = {m: figures.confusion(_few(of)) for m, of in confused.items() if of}
-    if confusions:
-        out["per_class"] = figures.per_class(frame, _telling(frame))
-    if "integration" in set(frame["task"]):
-        out["bio_and_batch"] = figures.bio_and_batch(frame)
-    drawn = [p for p in results.panels if p["panel"] == "map" and p["status"] == "ok"]
-    colours = next((p for p in results.panels if p["panel"] == "colours"), None)
-    if drawn and colours:
-        out |= {"maps": figures.maps(drawn, colours), "legend": figures.legend(colours)}
-    return out
-
-
-def _few(panels: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One confusion matrix per held-out group if there are at most three, else their sum."""
-    if len(panels) <= 3:
-        return panels
-    counts = np.sum([p["counts"] for p in panels], axis=0).tolist()
-    return [{**panels[0], "group": f"each of {len(panels)} groups", "counts": counts}]
-
-
-def _telling(frame: pd.DataFrame) -> list[tuple[str, str]]:
-    """The representations worth comparing class by class: models, twins, the best simple baseline."""
-    scored = frame[frame["task"].eq("annotation") & frame["status"].eq("ok")].drop_duplicates("model_id")
-    kinds = dict(zip(scored["model_id"], scored["model_kind"], strict=True))
-    best = frame.loc[
-        frame["task"].eq("annotation") & frame["versus_role"].eq(verdict.BEST), "versus"
-    ].unique()
-    return [(m, k) for m, k in kinds.items() if k == "model" or tables.is_twin(m) or m in best]
-
-
-def _card(facts: Mapping[str, Any], further: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The data card: what was scored, how it was split, what was left out."""
-
-    def listed(sizes: Mapping[str, int] | None) -> str:
-        return ", ".join(f"{name} ({n:,})" for name, n in (sizes or {}).items()) or "none"
-
-    lines = [
-        ("cells", f"{facts.get('n_cells', 0):,} scored of {facts.get('n_cells_in', 0):,} in the data"),
-        ("left out", listed(facts.get("dropped")) if facts.get("dropped") else "none"),
-        (f"labels ({facts.get('label_key')})", listed(facts.get("labels"))),
-        (f"groups ({facts.get('group_key') or 'no group_key'})", listed(facts.get("groups"))),
-        (f"batches ({facts.get('batch_key') or 'no batch_key'})", listed(facts.get("batches"))),
-        ("annotation split", facts.get("split_scheme", "not run")),
-        ("embeddings", ", ".join(f"{k} ({s[1]} dimensions)" for k, s in facts.get("embeddings", {}).items())),
-        (
-            "clusters, integration, maps on",
-            f"at most about {facts.get('graph_cells', 0):,} cells, stratified",
-        ),
-        ("seed, resamples", f"{facts.get('seed')}, {facts.get('n_boot', 0):,}"),
-        ("overlap with pretraining data", str(facts.get("pretrain_overlap", "unknown"))),
-        ("time", f"{facts.get('wall_s', {}).get('all', 0):.0f} s, {facts.get('created', '')}"),
-        ("versions", ", ".join(f"{p} {v}" for p, v in facts.get("versions", {}).items())),
-    ]
-    return lines + [(str(k), f"{v:,}" if isinstance(v, int) else str(v)) for k, v in further.items()]
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+    more = f", and {len(every) - MOST_LISTED:,} more" if len(every) > MOST_LISTED else ""
+    return (", ".join(every[:MOST_LISTED]) or "none") + more
