@@ -95,6 +95,22 @@ METRICS: dict[str, Metric] = {
     "kbet": Metric("kBET"),
     "kmeans_nmi": Metric("k-means NMI"),
     "kmeans_ari": Metric("k-means ARI", low=-0.5),
+    # spatial
+    "composition_r2": Metric("R² of composition", low=None),
+    "composition_jsd": Metric("Jensen-Shannon divergence", "min"),
+    "composition_mae": Metric("mean absolute error", "min"),
+    "density_r2": Metric("R² of density", low=None),
+    "moran_r": Metric("Moran's I, correlation over genes", low=-1.0),
+    "moran_mae": _error("Moran's I, mean absolute error"),
+    # predictions of features per cell (spatial imputation, modalities)
+    "feature_pearson": Metric("Pearson, median of features", low=-1.0),
+    "feature_spearman": Metric("Spearman, median of features", low=-1.0),
+    "feature_nrmse": _error("error / spread, median of features"),
+    # modalities
+    "foscttm": Metric("FOSCTTM", "min"),
+    "recall_at_1": Metric("recall@1"),
+    "recall_at_10": Metric("recall@10"),
+    "transfer_f1": Metric("label transfer, macro-F1"),
 }
 """Metric of a row → what it is."""
 
@@ -221,6 +237,87 @@ TASKS: dict[str, Task] = {
         "and oracle). Graph connectivity also falls when biology is lost. PCR comparison: by how much the "
         "share of variance between batches fell from that of the PCA.",
         blind=("noise", "collapsed", "depth_only"),
+    ),
+    # spatial and modalities
+    "spatial/niche": Task(
+        "Spatial niches",
+        "Probes read the region of tissue off the representation of a single cell or spot. Whole sections or "
+        "contiguous blocks with a margin are held out, since neighbouring spots are near copies.",
+        leading=(Leading("macro_f1", "logistic"),),
+        headline=("macro_f1", "balanced_accuracy", "accuracy"),
+        columns=(
+            Columns(
+                "macro-F1, logistic regression", ("macro_f1",), {"head": "logistic"}, by_group=True, lead=True
+            ),
+            Columns(
+                "macro-F1, k nearest neighbours", ("macro_f1",), {"head": "knn"}, by_group=True, lead=True
+            ),
+            Columns("logistic regression", ("balanced_accuracy", "accuracy"), {"head": "logistic"}),
+        ),
+        note="cell_type_only knows the annotated cell type and nothing else: a region that it predicts may be "
+        "defined by its types. coordinates takes the region of the nearest training cells on the slide: under "
+        "block splits it shows how much plain adjacency is worth, not what expression knows.",
+        blind=("noise", "majority", "depth_only"),
+    ),
+    "spatial/composition": Task(
+        "Spatial neighbourhoods",
+        "Ridge regression from the representation of a single cell to the shares of cell types among its "
+        "nearest neighbours, in held-out sections or blocks. R² is against the training mean, which scores 0.",
+        leading=(Leading("composition_r2"),),
+        headline=("composition_r2", "composition_jsd"),
+        columns=(
+            Columns("R²", ("composition_r2",), by_group=True, lead=True),
+            Columns("composition", ("composition_jsd", "composition_mae"), lead=True),
+            Columns("density of cells", ("density_r2",)),
+        ),
+        note="Divergence and errors: lower is better. cell_type_only knows the type of the cell itself: what a "
+        "model scores above it is knowledge of the surroundings. coordinates: nearest training cells on the "
+        "slide, a detector of leaks.",
+        blind=("noise", "train_mean", "depth_only"),
+    ),
+    "spatial/imputation": Task(
+        "Spatial imputation",
+        "Expression of genes that were held out, predicted for every cell. Correlations are across the cells "
+        "of a held-out section or fold, gene by gene; the median over genes is shown.",
+        leading=(Leading("feature_pearson"),),
+        headline=("feature_pearson", "feature_spearman", "moran_r"),
+        columns=(
+            Columns("over genes", ("feature_pearson", "feature_spearman", "feature_nrmse"), lead=True),
+            Columns("spatial pattern", ("moran_r", "moran_mae"), lead=True),
+        ),
+        note="Errors are in units of the spread of the truth: the true mean scores 1; lower is better. Moran's "
+        "I of predictions is usually too high, since they lack the noise of counts. half_split is what the "
+        "best possible prediction would score, given that noise.",
+        blind=("noise", "gene_mean", "depth_only"),
+    ),
+    "modalities/matching": Task(
+        "Matching of modalities",
+        "Two modalities of the same cells in one space: how near is a cell's own other half? FOSCTTM is the "
+        "share of other cells that are closer, averaged both ways (0.5 by chance); recall@k is among a fixed "
+        "number of candidates. Candidates are held-out cells of the same group.",
+        leading=(Leading("foscttm"),),
+        headline=("foscttm", "recall_at_1", "recall_at_10"),
+        columns=(
+            Columns("all candidates", ("foscttm",), by_group=True, lead=True),
+            Columns("fixed pool", ("recall_at_1", "recall_at_10"), lead=True),
+            Columns("from the first modality to the second", ("transfer_f1",)),
+        ),
+        note="FOSCTTM: lower is better. cca is canonical correlation on the training cells; depth_only matches "
+        "cells by their total counts.",
+        blind=("noise", "depth_only"),
+    ),
+    "modalities/prediction": Task(
+        "Modality prediction",
+        "One modality predicted from another, for held-out cells. Correlations are across the cells of a "
+        "held-out group or fold, feature by feature; the median over features is shown.",
+        leading=(Leading("feature_pearson"),),
+        headline=("feature_pearson", "feature_spearman", "feature_nrmse"),
+        columns=(
+            Columns("over features", ("feature_pearson", "feature_spearman", "feature_nrmse"), lead=True),
+        ),
+        note="Errors are in units of the spread of the truth: the true mean scores 1; lower is better. "
+        "half_split is what the best possible prediction would score, given the noise of counts.",
+        blind=("noise", "feature_mean", "depth_only"),
     ),
 }
 """Task of a row → what it is, in the order of the report. A task with parts of different kinds is several
