@@ -108,6 +108,17 @@ def corpus_genes(args: argparse.Namespace) -> int:
     return 0
 
 
+def corpus_hashes(args: argparse.Namespace) -> int:
+    from scjax.corpus import Corpus, write_hashes
+
+    _refuse_existing(args.out, args.force)
+    corpus = Corpus.open(args.corpus)
+    counted: list[int] = []
+    _write_whole(lambda path: counted.append(write_hashes(corpus, path)), args.out)
+    out.print(f"hashes of {counted[0]:,} training cells in {args.out}")
+    return 0
+
+
 def _read(path: str) -> Any:
     """An AnnData; errors name the file."""
     import anndata
@@ -338,6 +349,12 @@ def _parser() -> argparse.ArgumentParser:
     genes.add_argument("--top", type=int, default=2000, metavar="N", help="how many (default: 2000)")
     genes.add_argument("--out", required=True, metavar="FILE.tsv")
     genes.add_argument("--force", action="store_true", help="replace what is there")
+
+    hashes = corpus.add_parser("hashes", help="a hash of each training cell, to find them in benchmarks")
+    hashes.set_defaults(run=corpus_hashes)
+    hashes.add_argument("corpus", metavar="DIR")
+    hashes.add_argument("--out", required=True, metavar="FILE.npz")
+    hashes.add_argument("--force", action="store_true", help="replace what is there")
 
     command = commands.add_parser("embed", help="add a model's cell embedding to an h5ad file")
     command.set_defaults(run=embed)

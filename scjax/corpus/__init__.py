@@ -3,6 +3,7 @@
 from scjax.corpus.build import build_corpus
 from scjax.corpus.corpus import Corpus, Part
 from scjax.corpus.counts import CountsError, validate_counts
+from scjax.corpus.hashes import write_hashes
 from scjax.corpus.source import Source, open_source
 from scjax.corpus.variable import variable_genes
 
@@ -15,4 +16,5 @@ __all__ = [
     "open_source",
     "validate_counts",
     "variable_genes",
+    "write_hashes",
 ]

@@ -12,9 +12,20 @@ missing.
 
 from scjax.eval.annotation import annotation
 from scjax.eval.clustering import clustering
+from scjax.eval.doors import Embedder, embedder, load_embedding
 from scjax.eval.integration import integration
 from scjax.eval.results import Results
 from scjax.eval.runner import run
 from scjax.eval.verdict import Gate
 
-__all__ = ["Gate", "Results", "annotation", "clustering", "integration", "run"]
+__all__ = [
+    "Embedder",
+    "Gate",
+    "Results",
+    "annotation",
+    "clustering",
+    "embedder",
+    "integration",
+    "load_embedding",
+    "run",
+]
