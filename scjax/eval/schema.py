@@ -67,6 +67,11 @@ def _error(title: str) -> Metric:
     return Metric(title, "min", 0.0, None)
 
 
+def _gain(title: str) -> Metric:
+    """A ratio to what chance gives."""
+    return Metric(title, "max", 0.0, None)
+
+
 METRICS: dict[str, Metric] = {
     # annotation
     "macro_f1": Metric("macro-F1"),
@@ -111,6 +116,16 @@ METRICS: dict[str, Metric] = {
     "recall_at_1": Metric("recall@1"),
     "recall_at_10": Metric("recall@10"),
     "transfer_f1": Metric("label transfer, macro-F1"),
+    # genes and networks
+    "average_precision": Metric("average precision"),
+    "auroc": Metric("AUROC"),
+    "macro_ap": Metric("macro-AP over sets"),
+    "micro_ap": Metric("micro-AP"),
+    "fmax": Metric("Fmax"),
+    "auprc_ratio": _gain("AUPRC ratio"),
+    "epr": _gain("early precision ratio"),
+    "tf_ap": Metric("AP, mean of regulators"),
+    "edge_direction": Metric("direction of edges between regulators"),
 }
 """Metric of a row → what it is."""
 
@@ -122,6 +137,7 @@ HEADS = {
     "leiden": "Leiden",
     "kmeans": "k-means",
     "ridge": "ridge regression",
+    "frequency": "frequency of the label",
 }
 """Head of a row → its name in tables."""
 
@@ -318,6 +334,64 @@ TASKS: dict[str, Task] = {
         note="Errors are in units of the spread of the truth: the true mean scores 1; lower is better. "
         "half_split is what the best possible prediction would score, given the noise of counts.",
         blind=("noise", "feature_mean", "depth_only"),
+    ),
+    # genes and networks
+    "genes/property": Task(
+        "Gene properties",
+        "Linear heads read a property of genes off a table of gene embeddings, for gene families that they have "
+        "not seen. All tables are scored on the same genes, folds and resamples of families.",
+        leading=(Leading("auroc", "logistic"),),
+        headline=("auroc", "average_precision"),
+        columns=(
+            Columns("logistic regression", ("auroc", "average_precision"), {"head": "logistic"}, lead=True),
+            Columns("ridge regression", ("auroc", "average_precision"), {"head": "ridge"}),
+        ),
+        note="frequency: AUROC one half and an average precision equal to the share of genes with the property. "
+        "expression_level knows how much and how often a gene is expressed; much annotation follows it.",
+        blind=("random", "frequency"),
+    ),
+    "genes/sets": Task(
+        "Gene sets",
+        "Ridge regression from gene embeddings to membership in many gene sets at once, for gene families that "
+        "it has not seen. Macro-AP is the mean of the average precision of each set; micro-AP pools all pairs "
+        "of gene and set; Fmax is averaged over genes.",
+        leading=(Leading("macro_ap", "ridge"),),
+        headline=("macro_ap", "micro_ap", "fmax"),
+        columns=(
+            Columns("ridge regression", ("macro_ap", "micro_ap", "fmax"), {"head": "ridge"}, lead=True),
+        ),
+        note="frequency gives every gene the sizes of the sets: its micro-AP and Fmax are what large sets alone "
+        "are worth.",
+        blind=("random", "frequency"),
+    ),
+    "network": Task(
+        "Regulatory networks",
+        "Scores of pairs of regulator and target against known edges, in one fixed universe: regulators with a "
+        "known target x measured genes, nothing with itself. Average precision counts ties together; the AUPRC "
+        "ratio divides it by the share of pairs that are edges. Regulators are resampled.",
+        leading=(Leading("auprc_ratio", setting="directed"),),
+        headline=("auprc_ratio", "tf_ap"),
+        columns=(
+            Columns("regulator to target", ("auprc_ratio", "epr"), {"setting": "directed"}, lead=True),
+            Columns("regulator to target", ("tf_ap",), {"setting": "directed"}, lead=True),
+            Columns("regulator to target", ("average_precision", "edge_direction"), {"setting": "directed"}),
+            Columns("either way", ("auprc_ratio", "epr", "average_precision"), {"setting": "undirected"}),
+        ),
+        note="popularity and degree score a pair without looking at it: by the target's expression or its other "
+        "regulators, and by how many other targets the regulator has. They know other edges of the truth, but "
+        "a score that does not beat them has shown nothing about pairs. Edges that are not known are not known "
+        "to be absent: ratios compare rows, they do not measure a network. Symmetric scores get one half in "
+        "direction.",
+        blind=("random",),
+    ),
+    "network/sign": Task(
+        "Activation or repression",
+        "Among known edges of known sign: do activating ones score higher than repressing ones?",
+        leading=(Leading("auroc"),),
+        headline=("auroc", "average_precision"),
+        columns=(Columns("sign of edges", ("auroc", "average_precision"), lead=True),),
+        note="regulator_sign knows which share of the regulator's other targets it activates.",
+        blind=("random",),
     ),
 }
 """Task of a row → what it is, in the order of the report. A task with parts of different kinds is several
