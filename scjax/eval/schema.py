@@ -82,6 +82,10 @@ METRICS: dict[str, Metric] = {
     "out_of_set_rate": Metric("out-of-set rate", "min"),
     "log_loss": _error("log-loss"),
     "ece": Metric("ECE", "min"),
+    "ontology_exact": Metric("exact"),
+    "ontology_tolerant": Metric("ancestor or descendant"),
+    "ontology_lin": Metric("Lin similarity"),
+    "ontology_distance": _error("steps from the truth"),
     # clustering
     "nmi": Metric("NMI"),
     "ari": Metric("ARI", low=-0.5),
@@ -126,6 +130,28 @@ METRICS: dict[str, Metric] = {
     "epr": _gain("early precision ratio"),
     "tf_ap": Metric("AP, mean of regulators"),
     "edge_direction": Metric("direction of edges between regulators"),
+    # perturbation
+    "pearson_delta": Metric("Pearson of effects", low=-1.0),
+    "pearson_systema": Metric("Pearson beyond the mean effect", low=-1.0),
+    "pearson_top20": Metric("Pearson, 20 most changed genes", low=-1.0),
+    "cosine_delta": Metric("cosine of effects", low=-1.0),
+    "rmse": _error("RMSE"),
+    "mae": _error("mean absolute error"),
+    "wmse": _error("squared error, weighted by DE"),
+    "discrimination": Metric("discrimination (cosine)"),
+    "discrimination_l1": Metric("discrimination (L1)"),
+    "discrimination_l2": Metric("discrimination (L2)"),
+    "de_auprc": Metric("AUPRC of DE genes"),
+    "de_overlap": Metric("overlap of top DE genes"),
+    "de_direction": Metric("sign of DE genes"),
+    "de_spearman": Metric("Spearman over DE genes", low=-1.0),
+    "de_precision": Metric("precision of called genes"),
+    "de_recall": Metric("recall of called genes"),
+    "edistance": Metric("E-distance", "min", None, None),
+    "mmd": Metric("MMD²", "min", None, None),
+    "variance_error": _error("|log2 variance ratio|"),
+    "similarity": Metric("similarity of predictions", "min", -1.0),
+    "calibrated": Metric("share of the reachable", low=None, high=None),
 }
 """Metric of a row → what it is."""
 
@@ -206,9 +232,16 @@ TASKS: dict[str, Task] = {
             Columns(
                 "macro-F1, k nearest neighbours", ("macro_f1",), {"head": "knn"}, by_group=True, lead=True
             ),
+            Columns("macro-F1, multilayer perceptron", ("macro_f1",), {"head": "mlp"}, by_group=True),
             Columns(
                 "logistic regression",
                 ("macro_f1_seen", "balanced_accuracy", "accuracy", "log_loss", "ece"),
+                {"head": "logistic"},
+            ),
+            Columns("multilayer perceptron", ("balanced_accuracy", "log_loss", "ece"), {"head": "mlp"}),
+            Columns(
+                "by the ontology, logistic regression",
+                ("ontology_exact", "ontology_tolerant", "ontology_lin", "ontology_distance"),
                 {"head": "logistic"},
             ),
         ),
@@ -253,6 +286,40 @@ TASKS: dict[str, Task] = {
         "and oracle). Graph connectivity also falls when biology is lost. PCR comparison: by how much the "
         "share of variance between batches fell from that of the PCA.",
         blind=("noise", "collapsed", "depth_only"),
+    ),
+    # perturbation
+    "perturbation": Task(
+        "Perturbation prediction",
+        "Predicted against real effects of held-out perturbations: mean log1p counts per ten thousand minus "
+        "control cells, of which truth and prediction have different halves. Families of measures stand side by "
+        "side, since each alone can be gamed. A table for each kind of novelty.",
+        leading=(Leading("pearson_delta"),),
+        headline=("pearson_delta", "pearson_systema", "rmse", "discrimination", "de_auprc"),
+        columns=(
+            Columns("direction", ("pearson_delta", "pearson_systema"), lead=True),
+            Columns("error", ("rmse",), lead=True),
+            Columns("discrimination", ("discrimination",), lead=True),
+            Columns("differential expression", ("de_auprc",), lead=True),
+            Columns("calibrated Pearson", ("calibrated",), {"setting": "pearson_delta"}, lead=True),
+            Columns("calibrated Pearson beyond the mean", ("calibrated",), {"setting": "pearson_systema"}),
+            Columns("calibrated RMSE", ("calibrated",), {"setting": "rmse"}),
+            Columns("calibrated discrimination", ("calibrated",), {"setting": "discrimination"}),
+            Columns("direction", ("cosine_delta", "pearson_top20")),
+            Columns("error", ("mae", "wmse")),
+            Columns("discrimination", ("discrimination_l1", "discrimination_l2")),
+            Columns("differential expression", ("de_overlap", "de_direction", "de_spearman")),
+            Columns("called from predicted cells", ("de_precision", "de_recall")),
+            Columns("distribution of cells", ("edistance", "mmd")),
+            Columns("coverage", ("variance_error", "similarity")),
+        ),
+        note="Calibrated: (score - mean effect) / (half_split - mean effect), 0 where a prediction that is blind "
+        "to the perturbation stands and 1 where the other half of the real cells does; not clipped. Errors, "
+        "distances and similarity: lower is better. Discrimination is one half by chance. Recall of called genes "
+        "rises with exaggeration; read it beside precision. train_mean and context_mean do not know which "
+        "perturbation is asked for; shuffled is the truth of another perturbation; random in brackets: the "
+        "linear model on random descriptions.",
+        uncompared=("pearson_delta", "pearson_systema", "rmse", "discrimination"),
+        blind=("noise", "shuffled", "linear(random)"),
     ),
     # spatial and modalities
     "spatial/niche": Task(
