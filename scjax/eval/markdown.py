@@ -27,7 +27,7 @@ def write(content: Mapping[str, Any], path: Path) -> Path:
 
     Controls are in italics; the best of models and baselines is bold. Both are replaced whole.
     """
-    from scjax.eval.report import _write_whole
+    from scjax.eval.report import write_whole
 
     folder = path.with_name(f"{path.stem}_files")
     drawn = [*content["maps"], *(p for s in content["sections"] for p in s.pictures)]
@@ -48,7 +48,7 @@ def write(content: Mapping[str, Any], path: Path) -> Path:
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return _write_whole(path, text)
+    return write_whole(path, text)
 
 
 def _slug(name: str, taken: Iterable[str]) -> str:
@@ -59,22 +59,22 @@ def _slug(name: str, taken: Iterable[str]) -> str:
     return file
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Text that stays text in Markdown, table cells included."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text)
 
 
 def _text(content: Mapping[str, Any], address: Mapping[int, str]) -> str:
-    out = [f"# {_escape(content['title'])}", ""]
+    out = [f"# {escape(content['title'])}", ""]
     if content["scored"]:
-        out += [f"{_escape(content['scored'])}. Everything stands beside the controls that it must beat.", ""]
+        out += [f"{escape(content['scored'])}. Everything stands beside the controls that it must beat.", ""]
     out += _gates(content, "fail")
     for verdict in content["verdicts"]:
         out += _verdict(verdict, content["few_groups"])
     for level in ("caution", "note", "pass"):
         out += _gates(content, level)
     if content["no_pictures"]:
-        out += [f"Figures are left out: {_escape(content['no_pictures'])}", ""]
+        out += [f"Figures are left out: {escape(content['no_pictures'])}", ""]
     if training := content["training"]:
         out += ["## Training", "", _training(training), ""]
         out += _pictures(training["pictures"], address)
@@ -84,17 +84,17 @@ def _text(content: Mapping[str, Any], address: Mapping[int, str]) -> str:
         out += ["## Maps", ""]
         for key, entries in content["legend"]:
             out += [
-                f"{_escape(key)}: " + ", ".join(f"{_escape(name)} {colour}" for name, colour in entries),
+                f"{escape(key)}: " + ", ".join(f"{escape(name)} {colour}" for name, colour in entries),
                 "",
             ]
         out += _pictures(content["maps"], address)
     elif content["no_maps"]:
-        out += ["## Maps", "", f"UMAP was skipped: {_escape(content['no_maps'])}.", ""]
+        out += ["## Maps", "", f"UMAP was skipped: {escape(content['no_maps'])}.", ""]
     out += ["## Data card", ""]
-    out += _grid(["", ""], [[_escape(name), _escape(text)] for name, text in content["card"]])
+    out += grid(["", ""], [[escape(name), escape(text)] for name, text in content["card"]])
     if content["rows"]:
         out += ["What the rows are:", ""]
-        out += [f"- {_escape(name)}: {_escape(text)}" for name, text in content["rows"].items()] + [""]
+        out += [f"- {escape(name)}: {escape(text)}" for name, text in content["rows"].items()] + [""]
     out += [f"scjax {content['scjax']}. Every number is a row of the results table (`Results.to_jsonl`).", ""]
     return "\n".join(out)
 
@@ -103,7 +103,7 @@ def _gates(content: Mapping[str, Any], level: str) -> list[str]:
     found = [g.message for g in content["gates"] if g.level == level]
     if not found:
         return []
-    items = [f"- {_escape(m)}" for m in found]
+    items = [f"- {escape(m)}" for m in found]
     if level in ("fail", "caution"):
         return [f"> **{LEVELS[level]}**", ">", *(f"> {i}" for i in items), ""]
     return [f"<details><summary>{LEVELS[level]}</summary>", "", *items, "", "</details>", ""]
@@ -116,10 +116,10 @@ def _verdict(verdict: Mapping[str, Any], few_groups: int) -> list[str]:
         if cell is None:
             return ""
         p = p_value(cell)
-        return _escape(tables.number(cell, signed=True)) + ("" if p is None else f", p {p:.2g}")
+        return escape(tables.number(cell, signed=True)) + ("" if p is None else f", p {p:.2g}")
 
-    out = [f"## {_escape(verdict['model'])}", ""]
-    out += [f"- {_escape(s)}" for s in verdict["summary"]] or ["Nothing to compare with was scored."]
+    out = [f"## {escape(verdict['model'])}", ""]
+    out += [f"- {escape(s)}" for s in verdict["summary"]] or ["Nothing to compare with was scored."]
     head = [
         "score",
         verdict["model"],
@@ -129,15 +129,15 @@ def _verdict(verdict: Mapping[str, Any], few_groups: int) -> list[str]:
     ]
     body = [
         [
-            _escape(line["what"]),
-            _escape(tables.number(line["own"])),
+            escape(line["what"]),
+            escape(tables.number(line["own"])),
             difference(line["twin"]),
             difference(line["best"]),
-            _escape(line["best"]["versus"]) if line["best"] else "",
+            escape(line["best"]["versus"]) if line["best"] else "",
         ]
         for line in verdict["lines"]
     ]
-    out += ["", *_grid([_escape(h) for h in head], body)]
+    out += ["", *grid([escape(h) for h in head], body)]
     note = (
         "95 % percentile intervals, paired on the same units; p corrected after Holm where several are asked."
     )
@@ -167,52 +167,52 @@ def _training(training: Mapping[str, Any]) -> str:
 def _pictures(drawn: Iterable[Picture], address: Mapping[int, str]) -> list[str]:
     out = []
     for picture in drawn:
-        out += [f"![{_escape(picture.name)}]({address[id(picture)]})", ""]
-        out += [_escape(picture.caption), ""] if picture.caption else []
+        out += [f"![{escape(picture.name)}]({address[id(picture)]})", ""]
+        out += [escape(picture.caption), ""] if picture.caption else []
     return out
 
 
 def _section(section: Section, address: Mapping[int, str]) -> list[str]:
-    out = [f"## {_escape(section.title)}", "", _escape(section.intro), ""]
+    out = [f"## {escape(section.title)}", "", escape(section.intro), ""]
     if section.splits:
-        out += [f"Split: {_escape('; '.join(section.splits))}.", ""]
+        out += [f"Split: {escape('; '.join(section.splits))}.", ""]
     overall = [p for p in section.pictures if "every part" in p.name] if section.folded else []
     out += _pictures(overall, address)
     if section.folded:
         out += [f"<details><summary>Tables of all {len(section.tracks)} parts</summary>", ""]
     for track, pieces in section.tracks.items():
         if track:
-            out += [f"### {_escape(track)}", ""]
+            out += [f"### {escape(track)}", ""]
         for piece in pieces:
             out += _table(piece)
     if section.folded:
         out += ["</details>", ""]
-    out += [_escape(section.note), ""]
+    out += [escape(section.note), ""]
     return out + _pictures([p for p in section.pictures if p not in overall], address)
 
 
 def _table(table: Table) -> list[str]:
     head = [
         "representation",
-        *(_escape(f"{c.over}: {c.title}" if c.over else c.title) for c in table.columns),
+        *(escape(f"{c.over}: {c.title}" if c.over else c.title) for c in table.columns),
     ]
     body = []
     for line in table.lines:
         style = "*" if line.kind in ("control", "oracle") else ""
         name = (
-            f"**{_escape(line.model_id)}**"
+            f"**{escape(line.model_id)}**"
             if line.kind == "model"
-            else f"{style}{_escape(line.model_id)}{style}"
+            else f"{style}{escape(line.model_id)}{style}"
         )
         cells = []
         for best, cell in zip(table.best, line.cells, strict=True):
-            text = _escape(tables.number(cell))
+            text = escape(tables.number(cell))
             mark = "**" if text and best == line.model_id else style if text else ""
             cells.append(f"{mark}{text}{mark}")
         body.append([f"{name} ({line.kind})", *cells])
-    return _grid(head, body)
+    return grid(head, body)
 
 
-def _grid(head: list[str], body: list[list[str]]) -> list[str]:
+def grid(head: list[str], body: list[list[str]]) -> list[str]:
     rule = ["---", *["---:"] * (len(head) - 1)] if any(head) else ["---"] * len(head)
     return [f"| {' | '.join(r)} |".replace("\n", " ") for r in (head, rule, *body)] + [""]

@@ -77,7 +77,7 @@ def write(
         from scjax.eval import markdown
 
         return markdown.write(content, path)
-    return _write_whole(path, _html(content))
+    return write_whole(path, _html(content))
 
 
 def contents(
@@ -126,7 +126,7 @@ def _html(content: Mapping[str, Any]) -> str:
     return environment.get_template("report.html.j2").render(**content)
 
 
-def _write_whole(path: Path, text: str) -> Path:
+def write_whole(path: Path, text: str) -> Path:
     """Write to a neighbour and rename, so that ``path`` is the whole file or is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
