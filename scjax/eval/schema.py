@@ -405,37 +405,37 @@ TASKS: dict[str, Task] = {
     # genes and networks
     "genes/property": Task(
         "Gene properties",
-        "Linear heads read a property of genes off a table of gene embeddings, for gene families that they have "
-        "not seen. All tables are scored on the same genes, folds and resamples of families.",
+        "Linear heads read a property of genes off a table of gene embeddings, for gene families that they "
+        "have not seen. All tables are scored on the same genes, folds and resamples of families.",
         leading=(Leading("auroc", "logistic"),),
         headline=("auroc", "average_precision"),
         columns=(
             Columns("logistic regression", ("auroc", "average_precision"), {"head": "logistic"}, lead=True),
             Columns("ridge regression", ("auroc", "average_precision"), {"head": "ridge"}),
         ),
-        note="frequency: AUROC one half and an average precision equal to the share of genes with the property. "
-        "expression_level knows how much and how often a gene is expressed; much annotation follows it.",
+        note="frequency: AUROC one half and an average precision equal to the share of genes with the "
+        "property. expression_level knows how much and how often a gene is expressed; much annotation follows it.",
         blind=("random", "frequency"),
     ),
     "genes/sets": Task(
         "Gene sets",
-        "Ridge regression from gene embeddings to membership in many gene sets at once, for gene families that "
-        "it has not seen. Macro-AP is the mean of the average precision of each set; micro-AP pools all pairs "
-        "of gene and set; Fmax is averaged over genes.",
+        "Ridge regression from gene embeddings to membership in many gene sets at once, for gene families "
+        "that it has not seen. Macro-AP is the mean of the average precision of each set; micro-AP pools all "
+        "pairs of gene and set; Fmax is averaged over genes.",
         leading=(Leading("macro_ap", "ridge"),),
         headline=("macro_ap", "micro_ap", "fmax"),
         columns=(
             Columns("ridge regression", ("macro_ap", "micro_ap", "fmax"), {"head": "ridge"}, lead=True),
         ),
-        note="frequency gives every gene the sizes of the sets: its micro-AP and Fmax are what large sets alone "
-        "are worth.",
+        note="frequency gives every gene the sizes of the sets: its micro-AP and Fmax are what large sets "
+        "alone are worth.",
         blind=("random", "frequency"),
     ),
     "network": Task(
         "Regulatory networks",
-        "Scores of pairs of regulator and target against known edges, in one fixed universe: regulators with a "
-        "known target x measured genes, nothing with itself. Average precision counts ties together; the AUPRC "
-        "ratio divides it by the share of pairs that are edges. Regulators are resampled.",
+        "Scores of pairs of regulator and target against known edges, in one fixed universe: regulators with "
+        "a known target x measured genes, nothing with itself. Average precision counts ties together; the "
+        "AUPRC ratio divides it by the share of pairs that are edges. Regulators are resampled.",
         leading=(Leading("auprc_ratio", setting="directed"),),
         headline=("auprc_ratio", "tf_ap"),
         columns=(
@@ -444,11 +444,11 @@ TASKS: dict[str, Task] = {
             Columns("regulator to target", ("average_precision", "edge_direction"), {"setting": "directed"}),
             Columns("either way", ("auprc_ratio", "epr", "average_precision"), {"setting": "undirected"}),
         ),
-        note="popularity and degree score a pair without looking at it: by the target's expression or its other "
-        "regulators, and by how many other targets the regulator has. They know other edges of the truth, but "
-        "a score that does not beat them has shown nothing about pairs. Edges that are not known are not known "
-        "to be absent: ratios compare rows, they do not measure a network. Symmetric scores get one half in "
-        "direction.",
+        note="popularity and degree score a pair without looking at it: by the target's expression or its "
+        "other regulators, and by how many other targets the regulator has. They know other edges of the "
+        "truth, but a score that does not beat them has shown nothing about pairs. Edges that are not known "
+        "may still exist: ratios compare rows, they do not measure a network. Symmetric scores get one half "
+        "in direction.",
         blind=("random",),
     ),
     "network/sign": Task(
