@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -108,14 +109,16 @@ class Results:
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
         """Write facts, scores and panels as JSON lines, told apart by their field ``record``; replaces
-        ``path`` whole.
+        ``path`` whole. A name that ends in ``.gz`` is compressed.
         """
         lines = [{"record": "facts", "schema_version": SCHEMA_VERSION, **self.facts}]
         lines += [{"record": "score", **r} for r in self.rows]
         lines += [{"record": "panel", **p} for p in self.panels]
         partial = Path(f"{os.fspath(path)}.partial")
         try:
-            partial.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+            text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
+            zipped = os.fspath(path).endswith(".gz")
+            partial.write_bytes(gzip.compress(text, mtime=0) if zipped else text)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -124,7 +127,7 @@ class Results:
     def read(cls, path: str | os.PathLike[str]) -> Results:
         """Read what :meth:`to_jsonl` wrote (ValueError names the line that does not fit)."""
         results = cls()
-        with open(path) as file:
+        with gzip.open(path, "rt") if os.fspath(path).endswith(".gz") else open(path) as file:
             for number, text in enumerate(file, 1):
                 try:
                     line = json.loads(text)
