@@ -69,7 +69,8 @@ def index(out: Path) -> None:
             rows = score.pick(frame)
             rows = rows[rows["group"].isin(["", MEAN]) | ~rows["group"].eq(MEAN).any()]
             for model in dict.fromkeys(rows.loc[rows["model_kind"] == "model", "model_id"]):
-                lines.append(_line(path.name.removesuffix(".jsonl.gz"), score.title, rows[rows["model_id"] == model]))
+                page = path.name.removesuffix(".jsonl.gz")
+                lines.append(_line(page, score.title, rows[rows["model_id"] == model]))
     (out / "README.md").write_text(HEAD + "".join(lines))
 
 
