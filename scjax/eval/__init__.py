@@ -13,6 +13,7 @@ missing.
 from scjax.eval.annotation import annotation
 from scjax.eval.clustering import clustering
 from scjax.eval.doors import Embedder, embedder, load_embedding
+from scjax.eval.genes import genes
 from scjax.eval.integration import integration
 from scjax.eval.results import Results
 from scjax.eval.runner import run
@@ -25,6 +26,7 @@ __all__ = [
     "annotation",
     "clustering",
     "embedder",
+    "genes",
     "integration",
     "load_embedding",
     "run",
