@@ -291,8 +291,8 @@ TASKS: dict[str, Task] = {
     "perturbation": Task(
         "Perturbation prediction",
         "Predicted against real effects of held-out perturbations: mean log1p counts per ten thousand minus "
-        "control cells, of which truth and prediction have different halves. Families of measures stand side by "
-        "side, since each alone can be gamed. A table for each kind of novelty.",
+        "control cells, of which truth and prediction have different halves. Families of measures stand "
+        "side by side, since each alone can be gamed. A table for each kind of novelty.",
         leading=(Leading("pearson_delta"),),
         headline=("pearson_delta", "pearson_systema", "rmse", "discrimination", "de_auprc"),
         columns=(
@@ -312,12 +312,12 @@ TASKS: dict[str, Task] = {
             Columns("distribution of cells", ("edistance", "mmd")),
             Columns("coverage", ("variance_error", "similarity")),
         ),
-        note="Calibrated: (score - mean effect) / (half_split - mean effect), 0 where a prediction that is blind "
-        "to the perturbation stands and 1 where the other half of the real cells does; not clipped. Errors, "
-        "distances and similarity: lower is better. Discrimination is one half by chance. Recall of called genes "
-        "rises with exaggeration; read it beside precision. train_mean and context_mean do not know which "
-        "perturbation is asked for; shuffled is the truth of another perturbation; random in brackets: the "
-        "linear model on random descriptions.",
+        note="Calibrated: (score - mean effect) / (half_split - mean effect), 0 where a prediction that is "
+        "blind to the perturbation stands and 1 where the other half of the real cells does; not clipped. "
+        "Errors, distances and similarity: lower is better. Discrimination is one half by chance. Recall of "
+        "called genes rises with exaggeration; read it beside precision. train_mean and context_mean do not "
+        "know which perturbation is asked for; shuffled is the truth of another perturbation; linear(random) "
+        "has random descriptions of what is perturbed.",
         uncompared=("pearson_delta", "pearson_systema", "rmse", "discrimination"),
         blind=("noise", "shuffled", "linear(random)"),
     ),
