@@ -4,6 +4,7 @@ groups.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,12 +12,13 @@ import numpy as np
 import sklearn
 
 from scjax.eval import stats
-from scjax.eval.checks import Cells, matrix, select
+from scjax.eval.checks import Cells, matrix, require_aligned, select
 from scjax.eval.environment import one_thread
+from scjax.eval.ontology import Ontology, Relations, read_ontology, relations
 from scjax.eval.probes import HEADS
-from scjax.eval.splits import split
 from scjax.eval.results import Results
 from scjax.eval.schema import MEAN
+from scjax.eval.splits import split
 
 ALL_CELLS = "all cells"  # stands for the group where there are none
 
@@ -30,7 +32,8 @@ def annotation(
     name: str = "embedding",
     kind: str = "model",
     embedding_key: str = "",
-    heads: Sequence[str] = ("logistic", "knn"),
+    heads: Sequence[str] = ("logistic", "knn", "mlp"),
+    ontology: Ontology | str | os.PathLike[str] | None = None,
     min_class_size: int = 10,
     seed: int = 0,
     n_boot: int = 1000,
@@ -46,24 +49,33 @@ def annotation(
             group 5-fold. None: stratified 5-fold over cells, and named so, since cells of one donor then lie
             on both sides.
         name, kind, embedding_key: what the rows are to be called.
-        heads: "logistic" (class-balanced logistic regression on features standardised by the training fold;
-            C chosen by inner folds over training groups, or over cells where one group is all there is),
-            "knn" (15 cosine neighbours, weighted by inverse distance), "majority" (the most frequent
-            training label).
+        heads: "logistic" (class-balanced logistic regression on standardised features), "knn" (cosine
+            neighbours, weighted by inverse distance), "mlp" (one hidden layer), "majority" (the most frequent
+            training label). C, k, width and number of steps are chosen by inner folds over training groups,
+            or over cells where one group is all there is; see :mod:`scjax.eval.probes`.
+        ontology: an OBO file or a table of pairs child, parent, whose terms the labels are (by identifier,
+            name or synonym): also count answers that are an ancestor or descendant of the truth, and give
+            the mean distance and Lin similarity of answer and truth. Labels that are no term are listed in
+            ``facts``; cells whose true label is none are left out of these scores.
         min_class_size: labels with fewer cells are left out.
         seed: of folds and resamples.
         n_boot: resamples behind the 95 % percentile intervals. They resample groups from ten groups on; below
             that, the cells of each held-out group.
 
     Returns:
-        Scores per held-out group and their mean, F1 per class (``n_cells`` = support), confusion counts as
-        panels.
+        Scores per held-out group and their mean, F1 per class (``n_cells`` = support), confusion counts and
+        calibration curves as panels.
 
     Raises:
-        ValueError: X, labels or groups cannot be used, or no label of a held-out group occurs outside it.
+        ValueError: X, labels or groups cannot be used, no label of a held-out group occurs outside it, a
+            head is unknown, or fewer than two labels are terms of the ontology.
     """
+    if unknown := [head for head in heads if head not in HEADS]:
+        raise ValueError(f"unknown head {unknown[0]!r}; there are: {', '.join(HEADS)}")
+    require_aligned(embedding=X, labels=labels, groups=groups)
     cells = select(labels, groups, min_class_size=min_class_size)
-    represent = _representation(X, name, cells, len(labels), zero_rows=kind != "model")
+    tree = None if ontology is None else relations(read_ontology(ontology), cells.label_names)
+    represent = representation(X, name, cells, len(labels), zero_rows=kind != "model")
     folds, scheme = split(cells, seed)
     shape = (len(cells), len(cells.label_names))
     proba = {head: np.zeros(shape) for head in heads}
@@ -76,13 +88,15 @@ def annotation(
         for head in heads:
             proba[head][np.ix_(fold.test, present)], note = HEADS[head](Z, cells, fold, seed)
             notes[head].append(note)
-    parts = _parts(cells)
+    parts = parts_of(cells)
     unseen = {
         g: [cells.label_names[i] for i in np.unique(cells.label[r]) if not seen[r, i].any()]
         for g, r in parts.items()
     }
     unseen = {g: names for g, names in unseen.items() if names}
     out = Results(facts={"dropped": cells.dropped, "split_scheme": scheme, "unseen_labels": unseen})
+    if tree is not None:
+        out.facts["labels_not_in_ontology"] = tree.unmatched
     common: dict[str, Any] = {
         "task": "annotation",
         "model_id": name,
@@ -94,13 +108,13 @@ def annotation(
     }
     for head in heads:
         about = {**common, "head": head, "note": "; ".join(dict.fromkeys(filter(None, notes[head])))}
-        scores = _score(out, cells, parts, proba[head], seen, bool(unseen), n_boot, seed, about)
+        scores = _score(out, cells, parts, proba[head], seen, bool(unseen), tree, n_boot, seed, about)
         if cells.group is not None:
             _mean_over_groups(out, scores, len(cells), n_boot, seed, about)
     return out
 
 
-def _representation(
+def representation(
     X: Any, name: str, cells: Cells, n_cells: int, zero_rows: bool
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Features of the selected cells as a function of the training positions among them."""
@@ -112,7 +126,7 @@ def _representation(
     return lambda train: features
 
 
-def _parts(cells: Cells) -> dict[str, np.ndarray]:
+def parts_of(cells: Cells) -> dict[str, np.ndarray]:
     """Positions of the cells that are scored together: each group, or all."""
     if cells.group is None:
         return {ALL_CELLS: np.arange(len(cells))}
@@ -126,6 +140,7 @@ def _score(
     proba: np.ndarray,
     seen: np.ndarray,
     any_unseen: bool,
+    tree: Relations | None,
     n_boot: int,
     seed: int,
     about: dict[str, Any],
@@ -135,6 +150,7 @@ def _score(
     """
     method = "percentile bootstrap over cells" + (" of the held-out group" if cells.group is not None else "")
     n_labels = len(cells.label_names)
+    who = {k: about[k] for k in ("model_id", "model_kind", "head")}
     scores: dict[str, dict[str, np.ndarray]] = {}
     for group, rows in parts.items():
         truth, guess, known = cells.label[rows], proba[rows].argmax(1), seen[rows].any(0)
@@ -142,8 +158,13 @@ def _score(
         found = stats.classification(truth, guess, known, weights)
         if not any_unseen:
             del found["macro_f1_seen"]
-        if about["head"] == "logistic":
+        if about["head"] != "majority":
             found |= _probabilities(proba[rows], truth, known)
+            bins = stats.calibration(proba[rows].max(1), truth == guess)
+            curve = {name: np.round(values, 4).tolist() for name, values in bins.items()}
+            out.panels.append({"panel": "calibration", "group": group, **curve, **who})
+        if tree is not None:
+            found |= _near_misses(tree, truth, guess, weights)
         scores[group] = found
         for metric, score in found.items():
             out.add(
@@ -164,7 +185,7 @@ def _score(
                 [f1], **about, metric="f1", group=group, label=cells.label_names[i], n_cells=int(support[i])
             )
         panel = {"panel": "confusion", "group": group, "labels": cells.label_names, "counts": counts.tolist()}
-        out.panels.append({**panel, **{k: about[k] for k in ("model_id", "model_kind", "head")}})
+        out.panels.append({**panel, **who})
     return scores
 
 
@@ -177,16 +198,26 @@ def _mean_over_groups(
     about: dict[str, Any],
 ) -> None:
     """Add the mean over held-out groups of each metric (groups where it is undefined left out)."""
-    weights = stats.resample(len(scores), n_boot, seed, "annotation groups")
     for metric in next(iter(scores.values())):
-        of_groups = [s[metric] for s in scores.values() if np.isfinite(s[metric][0])]
-        if len(of_groups) == len(scores) >= stats.FEW_GROUPS:
-            score = stats.mean(np.array([s[0] for s in of_groups]), weights)
-            method = "percentile bootstrap over groups"
-        else:
-            score = np.mean(of_groups, axis=0) if of_groups else np.array([np.nan])
-            method = f"percentile bootstrap over cells of each group (fewer than {stats.FEW_GROUPS} groups)"
+        of_groups = [s[metric] for s in scores.values()]
+        score, method = stats.over_groups(of_groups, n_boot, seed, "annotation groups")
         out.add(score, **about, metric=metric, group=MEAN, n_cells=n_cells, ci_method=method)
+
+
+def _near_misses(
+    tree: Relations, truth: np.ndarray, guess: np.ndarray, weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Scores by an ontology, over the cells whose true label is a term of it."""
+    at = tree.known[truth]
+    if not at.any():
+        return {f"ontology_{m}": np.array([np.nan]) for m in ("exact", "tolerant", "lin", "distance")}
+    pairs, drawn = (truth[at], guess[at]), weights[:, at]
+    return {
+        "ontology_exact": stats.mean((pairs[0] == pairs[1]).astype(float), drawn),
+        "ontology_tolerant": stats.mean(tree.related[pairs].astype(float), drawn),
+        "ontology_lin": stats.mean(tree.similarity[pairs], drawn),
+        "ontology_distance": stats.mean(tree.distance[pairs], drawn),
+    }
 
 
 def _probabilities(proba: np.ndarray, truth: np.ndarray, known: np.ndarray) -> dict[str, np.ndarray]:

@@ -52,6 +52,29 @@ def matrix(
     return X
 
 
+def require_aligned(**inputs: Any) -> None:
+    """Refuse pandas inputs whose indices name other cells, or the same in another order.
+
+    A plain array, and an index that only counts from 0, say nothing about names and fit whatever has their
+    length.
+    """
+    first: tuple[str, pd.Index] | None = None
+    for name, values in inputs.items():
+        index = values.index if isinstance(values, pd.Series | pd.DataFrame) else None
+        if index is None or isinstance(index, pd.RangeIndex):
+            continue
+        if first is None:
+            first = (name, index)
+        elif not index.equals(first[1]):
+            other, named = first
+            if len(index) == len(named):
+                at = int(np.argmax(index.to_numpy() != named.to_numpy()))
+                where = f"row {at} is {named[at]!r} in {other} and {index[at]!r} in {name}"
+            else:
+                where = f"{other} has {len(named)} rows and {name} {len(index)}"
+            raise ValueError(f"{other} and {name} name different cells: {where}; align them with .reindex()")
+
+
 def column(obs: pd.DataFrame, key: str, role: str) -> pd.Series:
     """Column ``key`` of ``obs``, or a KeyError that lists the columns that could serve."""
     if key not in obs:
@@ -135,7 +158,12 @@ def select(labels: Any, groups: Any = None, batch: Any = None, min_class_size: i
     for role, (codes, side_names) in sides.items():
         used = np.unique(codes[rows])
         if len(used) < 2:
-            raise ValueError(f"only one {role} is left ({side_names[used[0]]!r}); at least two are needed")
+            left = f"only one {role} is left ({side_names[used[0]]!r})" if len(used) else f"no {role} is left"
+            remedy = {
+                "group": "give the column that tells donors or studies apart, or none to split over cells",
+                "batch": "give the column that tells batches apart, or leave the task 'integration' out",
+            }
+            raise ValueError(f"{left}; at least two are needed: {remedy[role]} (dropped: {dropped})")
         out[role] = np.searchsorted(used, codes[rows])
         out[f"{role}_names"] = [side_names[i] for i in used]
     used = np.unique(label[rows])

@@ -25,7 +25,7 @@ C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 K_GRID = (5, 15, 50)
 HIDDEN_GRID = (32, 128)
 MAX_ITER = 500
-MAX_EPOCHS, PATIENCE, BATCH = 40, 4, 64
+MAX_EPOCHS, PATIENCE = 40, 10
 CHOOSE_CELLS = 3000  # a hyper-parameter is chosen on at most about so many training cells
 WIDE, NARROW = 256, 100  # representations wider than the one are reduced to the other where cost demands it
 
@@ -87,9 +87,9 @@ def votes(distances: np.ndarray, classes: np.ndarray, n_classes: int) -> np.ndar
 def mlp(Z: np.ndarray, cells: Cells, fold: Fold, seed: int) -> Probe:
     """One hidden layer of rectified units on standardised features, trained by Adam.
 
-    Its width and the number of gradient steps are chosen on an inner fold; wide representations are first reduced to
-    100 principal components of the training fold. Classes are not re-weighted, so that its probabilities
-    have the frequencies of the training fold.
+    Its width and the number of gradient steps are chosen on an inner fold; wide representations are first
+    reduced to 100 principal components of the training fold. Classes are not re-weighted, so that its
+    probabilities have the frequencies of the training fold.
     """
     Z, note = narrow(Z, fold.train, seed)
     train, test = _standardised(Z, fold)
@@ -99,7 +99,7 @@ def mlp(Z: np.ndarray, cells: Cells, fold: Fold, seed: int) -> Probe:
     best, n_fit = _choose(_mlp_curve, train[at], y[at], inside, seed), len(inside[0].train) if inside else 0
     hidden, epochs = HIDDEN_GRID[best // MAX_EPOCHS], best % MAX_EPOCHS + 1
     if inside:  # as many gradient steps as were found best there
-        epochs = max(1, round(epochs * -(-n_fit // BATCH) / -(-len(y) // BATCH)))
+        epochs = max(1, round(epochs * _steps(n_fit) / _steps(len(y))))
     model, classes = _network(hidden, len(y), seed), np.unique(y)
     for _ in range(epochs):
         model.partial_fit(train, y, classes=classes)
@@ -199,5 +199,14 @@ def _mlp_curve(
 
 def _network(hidden: int, n: int, seed: int) -> MLPClassifier:
     return MLPClassifier(
-        (hidden,), alpha=1e-3, batch_size=min(BATCH, n), learning_rate_init=3e-3, random_state=seed
+        (hidden,), alpha=1e-3, batch_size=_batch(n), learning_rate_init=3e-3, random_state=seed
     )
+
+
+def _batch(n: int) -> int:
+    """Cells per gradient step: few enough for ten steps an epoch."""
+    return min(n, 64, max(8, n // 10))
+
+
+def _steps(n: int) -> int:
+    return -(-n // _batch(n))

@@ -58,7 +58,9 @@ def folds(
         if label is not None:
             n_folds = max(2, min(n_folds, int(np.min(np.bincount(label)[np.unique(label)]))))
         if n < n_folds:
-            raise ValueError(f"{n} {unit} cannot be split into {n_folds} folds; at least {n_folds} are needed")
+            raise ValueError(
+                f"{n} {unit} cannot be split into {n_folds} folds; at least {n_folds} are needed"
+            )
         kind = KFold if label is None else StratifiedKFold
         splitter = kind(n_folds, shuffle=True, random_state=seed)
         scheme = f"{n_folds}-fold over {unit.upper()}, not groups"
@@ -66,8 +68,8 @@ def folds(
         n_groups = len(np.unique(groups))
         if n_groups < 2:
             raise ValueError(
-                "only one group: nothing can be held out; name the column that tells donors or studies apart, "
-                f"or give no groups to split over {unit} instead (an easier task, and marked so)"
+                "only one group: nothing can be held out; name the column that tells donors or studies "
+                f"apart, or give no groups to split over {unit} instead (an easier task, and marked so)"
             )
         if n_groups <= LEAVE_ONE_OUT:
             splitter, scheme = LeaveOneGroupOut(), "each group held out in turn"
@@ -120,9 +122,7 @@ def inner(label: np.ndarray, groups: np.ndarray | None, seed: int, n_folds: int 
     """
     splitter: Any
     if groups is not None and len(np.unique(groups)) > 1:
-        splitter = StratifiedGroupKFold(
-            min(n_folds, len(np.unique(groups))), shuffle=True, random_state=seed
-        )
+        splitter = StratifiedGroupKFold(min(n_folds, len(np.unique(groups))), shuffle=True, random_state=seed)
     else:
         splitter, groups = StratifiedKFold(n_folds, shuffle=True, random_state=seed), None
         if np.bincount(label).max() < n_folds:

@@ -162,21 +162,33 @@ def ranking(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> dic
     """
     order = np.argsort(-score, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))  # last of each run of ties
-    drawn = weights[:, order].astype(np.float32)
-    hits = np.cumsum(drawn * positive[order], axis=1, dtype=np.float64)[:, ends]
-    misses = np.cumsum(drawn * ~positive[order], axis=1, dtype=np.float64)[:, ends]
-    with np.errstate(invalid="ignore"):
-        recall, fpr = hits / hits[:, -1:], misses / misses[:, -1:]  # NaN where there are none
-        precision = hits / np.maximum(hits + misses, 1)
-    step, before = np.diff(recall, axis=1, prepend=0), recall - np.diff(recall, axis=1, prepend=0) / 2
-    at = np.argmax(recall >= 0.95 - 1e-9, axis=1)
-    undefined = np.isnan(recall[:, -1] + fpr[:, -1])
-    found = {
-        "auroc": (np.diff(fpr, axis=1, prepend=0) * before).sum(1),
-        "average_precision": (step * precision).sum(1),
-        "fpr95": fpr[np.arange(len(fpr)), at],
-    }
+    drawn = weights[:, order].astype(np.float32)  # counts exactly to 2^24
+    called = np.cumsum(drawn, axis=1)[:, ends]
+    hits = np.cumsum(drawn * positive[order], axis=1)[:, ends]
+    misses = called - hits
+    positives, negatives = hits[:, -1].astype(float), misses[:, -1].astype(float)
+    new_hits, new_misses = np.diff(hits, axis=1, prepend=0), np.diff(misses, axis=1, prepend=0)
+    with np.errstate(invalid="ignore", divide="ignore"):  # NaN where there are none
+        auroc = np.einsum("bn,bn->b", new_misses, hits - new_hits / 2, dtype=float) / positives / negatives
+        precision = hits / np.maximum(called, 1)
+        average = np.einsum("bn,bn->b", new_hits, precision, dtype=float) / positives
+        at = np.argmax(hits >= (0.95 * positives - 1e-3)[:, None], axis=1)
+        fpr95 = misses[np.arange(len(at)), at] / negatives
+    undefined = (positives == 0) | (negatives == 0)
+    found = {"auroc": auroc, "average_precision": average, "fpr95": fpr95}
     return {name: np.where(undefined, np.nan, value) for name, value in found.items()}
+
+
+def over_groups(scores: Sequence[np.ndarray], n_boot: int, seed: int, name: str) -> tuple[np.ndarray, str]:
+    """Mean of one score over held-out groups (those where it is undefined left out), and how its resamples
+    were drawn: over the groups from ten on, else within each of them.
+    """
+    defined = [s for s in scores if np.isfinite(s[0])]
+    if len(defined) >= FEW_GROUPS:
+        weights = resample(len(defined), n_boot, seed, name)
+        return mean(np.array([s[0] for s in defined]), weights), "percentile bootstrap over groups"
+    score = np.mean(defined, axis=0) if defined else np.array([np.nan])
+    return score, f"percentile bootstrap over cells of each group (fewer than {FEW_GROUPS} groups)"
 
 
 def over_repeats(scores: Sequence[np.ndarray], n_boot: int, seed: int, name: str) -> np.ndarray:
