@@ -65,6 +65,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "steps": 1500,
             "log_every": 20,
             "eval_every": 200,
+            "probe_every": 300,
             "checkpoint_every": 300,
             "keep": 2,
         }
@@ -75,5 +76,5 @@ def get_config(arg: str = "") -> ConfigDict:
         config.data.batch_size = 16
         config.validation.update(batch_size=16, max_batches=2)
         config.optimizer.warmup_steps = 5
-        config.train.update(steps=30, log_every=5, eval_every=15, checkpoint_every=10)
+        config.train.update(steps=30, log_every=5, eval_every=15, probe_every=15, checkpoint_every=10)
     return config

@@ -24,9 +24,11 @@ from scjax.loader import Loader
 from scjax.models import build
 from scjax.parallel import distributed_start, make_mesh, place, process_shard, summary
 from scjax.train import (
+    BASELINES,
     Checkpoints,
     Meter,
     MetricsLog,
+    Probe,
     RunConfig,
     RunProgress,
     abstract_state,
@@ -39,6 +41,7 @@ from scjax.train import (
     make_eval_step,
     make_optimizer,
     make_train_step,
+    masked_gap,
     open_run,
     read_metrics,
 )
@@ -46,7 +49,6 @@ from scjax.train import (
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, FILE.py or FILE.py:ARG.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory: new, or that of a run to resume.")
 flags.mark_flags_as_required(["config", "workdir"])
-BASELINES = {"masked_mse": "gene_mean_mse", "masked_ce": "frequency_ce"}  # error -> that of knowing nothing
 
 
 def pretrain(config: RunConfig, workdir: str) -> None:
@@ -87,6 +89,11 @@ def pretrain(config: RunConfig, workdir: str) -> None:
     abstract = abstract_state(model, tx, mesh)
     train_step = make_train_step(model, tx, abstract, seed=config.seed, accumulate=config.train.accumulate)
     eval_step = make_eval_step(model, abstract, seed=config.seed)
+    probe = None
+    if config.train.probe_every is not None:
+        if validation is None:
+            raise ValueError(f"train.probe_every needs validation cells; {corpus.path} was built without")
+        probe = Probe(model, abstract, corpus, validation, config.validation)
 
     # ------------------------------------------------------------------------------- restore
     data = iter(loader)
@@ -115,6 +122,9 @@ def pretrain(config: RunConfig, workdir: str) -> None:
     # ---------------------------------------------------------------------------------- loop
     meter = Meter()
     with closing(checkpoints), closing(log), closing(data), progress:
+        if probe is not None and step == 0:
+            progress.say(probe.about)
+            log.write(step, probe(state))  # where the curves start: what the architecture alone can do
         while step < steps:
             state, metrics = train_step(state, place(next(data), mesh))
             step += 1
@@ -122,8 +132,9 @@ def pretrain(config: RunConfig, workdir: str) -> None:
             progress.advance(step)
             saving = config.train.due(config.train.checkpoint_every, step)
             validating = validation is not None and config.train.due(config.train.eval_every, step)
+            probing = probe is not None and config.train.due(config.train.probe_every, step)
 
-            if saving or validating or config.train.due(config.train.log_every, step):
+            if saving or validating or probing or config.train.due(config.train.log_every, step):
                 means = meter.mean("train")  # raises on a non-finite loss, before anything is saved
                 means["train/learning_rate"] = float(schedule(step - 1))
                 if meter.cells_per_second:
@@ -137,11 +148,15 @@ def pretrain(config: RunConfig, workdir: str) -> None:
                 with closing(iter(validation)) as batches:
                     for batch in itertools.islice(batches, config.validation.max_batches):
                         held_out.add(step, eval_step(state, place(batch, mesh)))
-                log.write(step, held_out.mean("validation"))
+                means = held_out.mean("validation")
+                log.write(step, means | masked_gap(means))
+
+            if probing:
+                log.write(step, probe(state))
 
             if saving:
                 checkpoints.save(step, state, data.get_state())
-            if validating or saving:
+            if validating or probing or saving:
                 meter.restart_clock()
 
     # -------------------------------------------------------------------------------- finish

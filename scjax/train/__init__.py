@@ -7,6 +7,7 @@ from scjax.train.checkpoint import CheckpointError, Checkpoints, Restored, check
 from scjax.train.config import DataConfig, RunConfig, TrainConfig, ValidationConfig
 from scjax.train.metrics import Meter, MetricsLog, NonFiniteLoss, read_metrics
 from scjax.train.optimizer import OptimizerConfig, decay_mask, make_optimizer, make_schedule
+from scjax.train.probe import BASELINES, Probe, effective_rank, masked_gap, read_labels
 from scjax.train.progress import RunProgress
 from scjax.train.run import Run, describe, identity, open_run, read_model, read_run
 from scjax.train.state import State, abstract_state, count_parameters, init_state, shardings_of
@@ -14,6 +15,7 @@ from scjax.train.step import make_eval_step, make_train_step
 from scjax.train.tables import GeneTables, gene_tables
 
 __all__ = [
+    "BASELINES",
     "CheckpointError",
     "Checkpoints",
     "DataConfig",
@@ -22,6 +24,7 @@ __all__ = [
     "MetricsLog",
     "NonFiniteLoss",
     "OptimizerConfig",
+    "Probe",
     "Restored",
     "Run",
     "RunConfig",
@@ -34,6 +37,7 @@ __all__ = [
     "count_parameters",
     "decay_mask",
     "describe",
+    "effective_rank",
     "gene_tables",
     "identity",
     "init_state",
@@ -41,7 +45,9 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "make_train_step",
+    "masked_gap",
     "open_run",
+    "read_labels",
     "read_metrics",
     "read_model",
     "read_run",

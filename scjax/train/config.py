@@ -40,10 +40,15 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class ValidationConfig:
     """The validation split, where the corpus has one: in order, at most ``max_batches`` (None: all of
-    it) of ``batch_size`` cells (None: as in training)."""
+    it) of ``batch_size`` cells (None: as in training).
+
+    ``probe_label`` and ``probe_group`` are label columns for ``train.probe_every``: what is read off the
+    embedding, and what splits never cut through (donor, study)."""
 
     batch_size: int | None = None
     max_batches: int | None = None
+    probe_label: str = "cell_type"
+    probe_group: str = "dataset"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +61,8 @@ class TrainConfig:
       log_every: steps averaged into one line of metrics; the last step, a validation and a checkpoint end
         a line too.
       eval_every, checkpoint_every: None for only at the end.
+      probe_every: None for never; else labels are also read off the frozen embedding of validation cells
+        before the first step, every so many steps and at the end (see :class:`scjax.train.Probe`).
       keep: how many checkpoints stay.
     """
 
@@ -64,6 +71,7 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int | None = None
     checkpoint_every: int | None = None
+    probe_every: int | None = None
     keep: int = 3
 
     def __post_init__(self) -> None:
