@@ -11,35 +11,22 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import sklearn
-from scipy.linalg import eigh
 from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.extmath import randomized_svd
 
-from scjax.eval import checks, compare, environment, stats
+from scjax.eval import checks, compare, environment, regression, splits, stats
 from scjax.eval.baselines import Expression, find_counts
 from scjax.eval.gene_sets import family_codes, gene_table, in_common
-from scjax.eval.ranking import Ranking
+from scjax.eval.ranking import Ranking, fmax
 from scjax.eval.results import Results
 
 PROPERTY, SETS = "genes/property", "genes/sets"
-N_FOLDS, N_INNER, N_COMPONENTS, MAX_CELLS = 5, 3, 50, 3000
+N_COMPONENTS, MAX_CELLS = 50, 3000
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0)  # of ridge, in units of the number of training genes
-THRESHOLDS = 101  # of Fmax
 EXPRESSION = ("expression_level", "pca", "coexpression")
-
-
-@dataclass(frozen=True)
-class Fold:
-    """Positions of training and test genes, and folds of the training genes by which a penalty is chosen."""
-
-    train: np.ndarray
-    test: np.ndarray
-    inner: list[tuple[np.ndarray, np.ndarray]]  # positions within train
 
 
 @environment.one_thread
@@ -285,29 +272,36 @@ def expression_tables(expression: Expression, at: np.ndarray, seed: int) -> dict
 # ------------------------------------------------------------------------------------------------ heads
 
 
-def folds(y: np.ndarray, family: np.ndarray, seed: int, what: str) -> list[Fold]:
-    """Five folds that keep families whole, each with three inner ones; stratified for a single label."""
-    n = len(np.unique(family[y.any(1)]))
-    if min(n, len(np.unique(family[~y.all(1)]))) < N_FOLDS:
+@dataclass(frozen=True)
+class Split:
+    """A fold over genes: families to train on and to test on, and inner folds by which C is chosen."""
+
+    train: np.ndarray
+    test: np.ndarray
+    family: np.ndarray  # of the training genes
+    inner: list[splits.Fold]
+    seed: int
+
+
+def _split(y: np.ndarray, family: np.ndarray, seed: int, what: str) -> list[Split]:
+    """Five folds that keep families whole; stratified for a single label."""
+    n = min(len(np.unique(family[y.any(1)])), len(np.unique(family[~y.all(1)])))
+    if n < splits.N_FOLDS:
         raise ValueError(
-            f"{what}: its genes lie in {n} gene families; at least {N_FOLDS} are needed to hold families out "
-            "(give finer families, or more genes)"
+            f"{what}: its genes, or those without it, lie in {n} gene families; at least {splits.N_FOLDS} "
+            "are needed to hold families out (give finer families, or more genes)"
         )
-    outer: Any = GroupKFold(N_FOLDS, shuffle=True, random_state=seed)
-    if y.shape[1] == 1:
-        outer = StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=seed)
+    label = y[:, 0].astype(int) if y.shape[1] == 1 else None
     out = []
-    for train, test in outer.split(y, y[:, 0], family):
-        inner = GroupKFold(N_INNER, shuffle=True, random_state=seed)
-        out.append(Fold(train, test, list(inner.split(train, groups=family[train]))))
-        if y.shape[1] == 1 and len(np.unique(y[train])) < 2:
-            raise ValueError(
-                f"{what}: one gene family holds (nearly) all of one class; nothing can be held out"
-            )
+    for train, test in splits.folds(len(y), family, seed, label=label, unit="genes")[0]:
+        if label is not None and len(np.unique(label[train])) < 2:
+            raise ValueError(f"{what}: one gene family holds all genes of one class; it cannot be held out")
+        inner = [] if label is None else splits.inner(label[train], family[train], seed)
+        out.append(Split(train, test, family[train], inner, seed))
     return out
 
 
-def logistic(X: np.ndarray, y: np.ndarray, fold: Fold) -> np.ndarray:
+def logistic(X: np.ndarray, y: np.ndarray, fold: Split) -> np.ndarray:
     """Decision values [test genes, 1] of class-balanced logistic regression; C by AUROC in inner folds."""
     scaler = StandardScaler().fit(X[fold.train])
     Z, t = scaler.transform(X[fold.train]), y[fold.train, 0]
@@ -317,45 +311,25 @@ def logistic(X: np.ndarray, y: np.ndarray, fold: Fold) -> np.ndarray:
 
     scores = np.zeros(len(C_GRID))
     for fit, check in fold.inner:
-        if len(np.unique(t[fit])) == 2 == len(np.unique(t[check])):
-            scores += [
-                roc_auc_score(t[check], model(C).fit(Z[fit], t[fit]).decision_function(Z[check]))
-                for C in C_GRID
-            ]
+        if len(np.unique(t[check])) == 2:
+            guesses = [model(C).fit(Z[fit], t[fit]).decision_function(Z[check]) for C in C_GRID]
+            scores += [roc_auc_score(t[check], guess) for guess in guesses]
     best = model(C_GRID[int(np.argmax(scores))]).fit(Z, t)
     return best.decision_function(scaler.transform(X[fold.test]))[:, None]
 
 
-def ridge(X: np.ndarray, y: np.ndarray, fold: Fold) -> np.ndarray:
-    """Predictions [test genes, labels] of ridge regression on 0/1 labels; one penalty by inner folds.
-
-    The penalty is that of the least squared error, every label in units of its variance.
-    """
-    t = y[fold.train].astype(float)
-    error = np.zeros(len(PENALTIES))
-    spread = np.maximum(t.var(0), 1e-12)
-    for fit, check in fold.inner:
-        for i, guess in enumerate(_ridge(X[fold.train[fit]], t[fit], X[fold.train[check]], PENALTIES)):
-            error[i] += (((guess - t[check]) ** 2).mean(0) / spread).mean()
-    return next(_ridge(X[fold.train], t, X[fold.test], (PENALTIES[int(np.argmin(error))],)))
+def ridge(X: np.ndarray, y: np.ndarray, fold: Split) -> np.ndarray:
+    """Predictions [test genes, labels] of ridge regression on 0/1 labels; one penalty by inner folds."""
+    predict, _ = regression.ridge(X[fold.train], y[fold.train].astype(float), fold.family, fold.seed)
+    return predict(X[fold.test])
 
 
-def _ridge(X: np.ndarray, t: np.ndarray, new: np.ndarray, penalties: Sequence[float]) -> Any:
-    """Predictions for each penalty, from one eigendecomposition of the Gram matrix of standardised X."""
-    scaler = StandardScaler().fit(X)
-    Z, mean = scaler.transform(X).astype(float), t.mean(0)
-    size, axes = eigh(Z.T @ Z / len(Z))
-    target, seen = axes.T @ (Z.T @ (t - mean)) / len(Z), scaler.transform(new) @ axes
-    for penalty in penalties:
-        yield seen @ (target / (np.maximum(size, 0) + penalty)[:, None]) + mean
-
-
-def frequency(X: np.ndarray, y: np.ndarray, fold: Fold) -> np.ndarray:
+def frequency(X: np.ndarray, y: np.ndarray, fold: Split) -> np.ndarray:
     """How common each label is among the training genes, whatever the gene."""
     return np.tile(y[fold.train].mean(0), (len(fold.test), 1))
 
 
-HEADS: dict[str, Callable[[np.ndarray, np.ndarray, Fold], np.ndarray]] = {
+HEADS: dict[str, Callable[[np.ndarray, np.ndarray, Split], np.ndarray]] = {
     "logistic": logistic,
     "ridge": ridge,
 }
@@ -380,7 +354,7 @@ def _score(
     """Add the scores of every table under the same folds and resamples."""
     family, how = family_codes(common, families)
     n_families = int(family.max()) + 1
-    drawn = [folds(y, family, seed + r, track) for r in range(repeats)]
+    drawn = [_split(y, family, seed + r, track) for r in range(repeats)]
     unit, over = (
         (family, "gene families")
         if n_families >= stats.FEW_GROUPS
@@ -392,7 +366,7 @@ def _score(
         "track": track,
         "n_cells": len(common),
         "n_groups": n_families,
-        "split_scheme": f"{repeats} x {N_FOLDS}-fold over gene families, {how}",
+        "split_scheme": f"{repeats} x {splits.N_FOLDS}-fold over gene families, {how}",
         "ci_method": f"percentile bootstrap over {over}, predictions kept",
         "metric_impl": f"scjax.eval; heads scikit-learn=={sklearn.__version__}",
     }
@@ -448,23 +422,3 @@ def _sets(
     out.add(pooled.average_precision(weights), metric="micro_ap", **row)
     out.add(fmax(raw, y, weights[:, unit]), metric="fmax", **row)
     return pooled
-
-
-def fmax(score: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Largest harmonic mean of precision and recall over thresholds, both averaged over genes (Radivojac et
-    al. 2013).
-
-    Precision is averaged over the genes for which something is predicted at the threshold, recall over the
-    genes with at least one set. ``weights`` are those of the genes, [1 + n_boot, genes].
-    """
-    known = y.any(1)
-    score, y, W = score[known], y[known], weights[:, known].astype(float)
-    thresholds = np.unique(np.quantile(score, np.linspace(0, 1, THRESHOLDS) ** 0.25))
-    precision, recall = np.zeros((2, len(W), len(thresholds)))
-    for i, threshold in enumerate(thresholds):
-        called = score >= threshold
-        n, hits = called.sum(1), (called & y).sum(1)
-        some = W @ (n > 0)
-        precision[:, i] = W @ (hits / np.maximum(n, 1)) / np.maximum(some, 1)
-        recall[:, i] = W @ (hits / y.sum(1)) / np.maximum(W.sum(1), 1)
-    return (2 * precision * recall / np.maximum(precision + recall, 1e-12)).max(1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 _BLOCK = 20_000_000  # numbers held at once while resampling
+THRESHOLDS = 101  # of Fmax
 
 
 class Ranking:
@@ -110,3 +111,23 @@ class Ranking:
             "precision": np.round(precision[at], 4).tolist(),
             "prevalence": float(self.truth.mean()),
         }
+
+
+def fmax(score: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Largest harmonic mean of precision and recall over thresholds, both averaged over genes (Radivojac et
+    al. 2013).
+
+    Precision is averaged over the genes for which something is predicted at the threshold, recall over the
+    genes with at least one set. ``weights`` are those of the genes, [1 + n_boot, genes].
+    """
+    known = y.any(1)
+    score, y, W = score[known], y[known], weights[:, known].astype(float)
+    thresholds = np.unique(np.quantile(score, np.linspace(0, 1, THRESHOLDS) ** 0.25))
+    precision, recall = np.zeros((2, len(W), len(thresholds)))
+    for i, threshold in enumerate(thresholds):
+        called = score >= threshold
+        n, hits = called.sum(1), (called & y).sum(1)
+        some = W @ (n > 0)
+        precision[:, i] = W @ (hits / np.maximum(n, 1)) / np.maximum(some, 1)
+        recall[:, i] = W @ (hits / y.sum(1)) / np.maximum(W.sum(1), 1)
+    return (2 * precision * recall / np.maximum(precision + recall, 1e-12)).max(1)
