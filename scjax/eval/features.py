@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,12 @@ import pandas as pd
 import scipy.sparse as sp
 import sklearn
 
-from scjax.eval import regression
+from scjax.eval import regression, stats
 from scjax.eval.baselines import Expression
+from scjax.eval.results import Results
+from scjax.eval.schema import MEAN
+
+Scores = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -142,3 +146,62 @@ def listed(values: np.ndarray) -> list[float | None]:
 
 def implementation() -> str:
     return f"scjax.eval; scikit-learn=={sklearn.__version__}"
+
+
+class Units:
+    """Groups or cells and their resamples, the same for everything that is scored."""
+
+    def __init__(self, group: np.ndarray | None, names: list[str], n: int, n_boot: int, seed: int, task: str):
+        self.names = names
+        self.parts = {"": np.arange(n)}
+        if group is not None:
+            self.parts = {name: np.flatnonzero(group == g) for g, name in enumerate(names)}
+        self.cells = np.ones((1 + n_boot, n), np.uint8)
+        for part, rows in self.parts.items():
+            self.cells[:, rows] = stats.resample(len(rows), n_boot, seed, f"{task}/{part}")
+        self.groups = None
+        self.method = "percentile bootstrap over cells"
+        if group is not None:
+            self.method += f" of each group (fewer than {stats.FEW_GROUPS} groups)"
+        if len(names) >= stats.FEW_GROUPS:
+            self.groups = stats.resample(len(names), n_boot, seed, f"{task} groups")
+            self.method = "percentile bootstrap over groups"
+
+    def add(self, out: Results, score: Callable[[np.ndarray, np.ndarray], np.ndarray], **fields: Any) -> None:
+        """Add the score of (cells, weights) of each group, and its mean where there are several."""
+        values = {part: score(rows, self.cells[:, rows]) for part, rows in self.parts.items()}
+        for part, value in values.items():
+            method = "percentile bootstrap over cells" + (" of the group" if part else "")
+            out.add(value, **fields, group=part, n_cells=len(self.parts[part]), ci_method=method)
+        if len(values) > 1:
+            known = np.array([v for v in values.values() if np.isfinite(v[0])])
+            mean = np.array([np.nan])
+            if len(known):
+                mean = known.mean(0)
+                if self.groups is not None and len(known) == len(values):
+                    mean = stats.mean(known[:, 0], self.groups)
+            out.add(mean, **fields, group=MEAN, n_cells=self.cells.shape[1], ci_method=self.method)
+
+    def over_features(
+        self,
+        score: Callable[[dict[str, np.ndarray], np.ndarray], Scores],
+        parts: dict[str, np.ndarray],
+    ) -> Scores:
+        """Median over features of scores per feature, under the resamples: {metric: float64[1 + n_boot]}."""
+        if self.groups is None:
+            return {metric: _median(values) for metric, values in score(parts, self.cells).items()}
+        one = np.ones((1, self.cells.shape[1]))
+        single = [score({part: rows}, one) for part, rows in parts.items()]
+        out = {}
+        for metric in single[0]:
+            of_group = np.array([s[metric][0] for s in single])
+            known, w = np.isfinite(of_group), self.groups.astype(np.float64)
+            drawn = w @ known
+            out[metric] = _median(w @ np.where(known, of_group, 0) / np.where(drawn > 0, drawn, np.nan))
+        return out
+
+
+def _median(values: np.ndarray) -> np.ndarray:
+    """Median over features that vary, per resample."""
+    values = values[:, np.isfinite(values[0])]
+    return np.nanmedian(values, axis=1) if values.shape[1] else np.full(len(values), np.nan)

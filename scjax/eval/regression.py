@@ -147,25 +147,22 @@ def per_feature(
 ) -> dict[str, np.ndarray]:
     """Scores of each feature across cells: {metric: float64[len(weights), features]}.
 
-    Pearson and Spearman correlation within each part (held-out group or fold; pooled over parts, the means of
-    different training folds would correlate negatively with the truth), then the mean over parts; root mean
-    squared error in units of the spread of the truth within parts, so that 1 is the error of the true mean.
-    Under resamples, Spearman keeps the ranks of the whole part. NaN for features without variation.
+    Pearson and Spearman correlation, and root mean squared error in units of the spread of the truth, so that
+    1 is the error of the true mean. Each within every part (held-out group or fold; pooled over parts, the
+    means of different training folds would correlate negatively with the truth), then the mean over parts.
+    Under resamples, ranks and spread stay those of the whole part. NaN for features without variation.
     """
-    found: dict[str, list[np.ndarray]] = {"feature_pearson": [], "feature_spearman": []}
-    wrong, spread = np.zeros((2, len(weights), truth.shape[1]))
+    found: dict[str, list[np.ndarray]] = {"feature_pearson": [], "feature_spearman": [], "feature_nrmse": []}
     for rows in parts.values():
         t, g, w = truth[rows], guess[rows], weights[:, rows]
-        found["feature_pearson"].append(correlation(g, t, w))
+        r = correlation(g, t, w)
+        found["feature_pearson"].append(r)
         found["feature_spearman"].append(correlation(rankdata(g, axis=0), rankdata(t, axis=0), w))
-        wrong += w @ (g - t) ** 2
-        total = np.maximum(w.sum(1, keepdims=True, dtype=np.float64), 1)
-        about = t - t.mean(0)
-        spread += np.maximum(w @ about**2 - (w @ about) ** 2 / total, 0)
-    out = {name: _mean(np.stack(values)) for name, values in found.items()}
-    known = np.isfinite(out["feature_pearson"])
-    error = np.sqrt(wrong / np.where(spread > 0, spread, 1))
-    return out | {"feature_nrmse": np.where(known & (spread > 0), error, np.nan)}
+        share = w / np.maximum(w.sum(1, keepdims=True, dtype=np.float64), 1)
+        spread = t.std(0)
+        error = np.sqrt(share @ (g - t) ** 2) / np.where(spread > 0, spread, 1)
+        found["feature_nrmse"].append(np.where(np.isfinite(r), error, np.nan))
+    return {name: _mean(np.stack(values)) for name, values in found.items()}
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
