@@ -169,6 +169,8 @@ def differences(frame: pd.DataFrame) -> pd.DataFrame:
     Of many groups only their mean is kept.
     """
     rows = frame[frame["versus"] != ""]
+    if rows.empty:
+        return rows
     leading = {name: task.headline[:1] for name, task in TASKS.items()} | {"integration": ("bio", "batch")}
     keep = [m in leading[t] for t, m in zip(rows["task"], rows["metric"], strict=True)]
     rows = rows[keep]
