@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scjax.eval import checks, features, pairs, regression, stats
+from scjax.eval import checks, features, joint_space, regression, stats
 from scjax.eval.baselines import Expression, find_counts
 from scjax.eval.compare import conclude
 from scjax.eval.environment import one_thread, provenance
@@ -87,7 +87,7 @@ def matching(
         )
     n_folds = 5 if group is not None else max(2, min(5, n // pool))
     plan, scheme = folds(n, group, seed, n_folds=n_folds, unit="cells")
-    sets = pairs.candidates(plan, group)
+    sets = joint_space.candidates(plan, group)
     if max(map(len, sets)) < pool:
         raise ValueError(
             f"the largest held-out group has {max(map(len, sets))} cells, fewer than pool={pool}; lower pool"
@@ -95,12 +95,12 @@ def matching(
     labels = None
     if label_key is not None:
         labels, _ = checks.encode(checks.column(adata.obs, label_key, "label"), "labels", n)
-    ways: dict[str, tuple[str, pairs.Joint | str]] = {
-        name: ("control" if name in twins.values() else "model", pairs.fixed(*pair))
+    ways: dict[str, tuple[str, joint_space.Joint | str]] = {
+        name: ("control" if name in twins.values() else "model", joint_space.fixed(*pair))
         for name, pair in halves.items()
     }
     ways |= _rivals(adata, raw, counts, seed)
-    draws = pairs.pools(sets, pool, seed)
+    draws = joint_space.pools(sets, pool, seed)
     units = features.Units(group, group_names, n, n_boot, seed, MATCHING)
     out = Results()
     for name, (kind, joint) in ways.items():
@@ -116,11 +116,11 @@ def matching(
             out.skip(joint, **about, metric="foscttm")
             continue
         spaces = [joint(fold.train) for fold in plan]
-        for metric, values in pairs.scores(spaces, plan, sets, draws).items():
+        for metric, values in joint_space.scores(spaces, plan, sets, draws).items():
             note = f"pool of {pool}" if metric.startswith("recall") else ""
             units.add(out, _mean_of(values), **about, metric=metric, note=note)
         if labels is not None:
-            guess = pairs.transferred(spaces, plan, labels)
+            guess = joint_space.transferred(spaces, plan, labels)
             units.add(out, _macro_f1(labels, guess), **about, metric="transfer_f1")
     for entry in out.rows:
         entry |= {"dataset": dataset, "pretrain_overlap": pretrain_overlap}
@@ -362,24 +362,24 @@ def _expression(adata: ad.AnnData, counts: str | None, seed: int) -> Expression 
 
 def _rivals(
     adata: ad.AnnData, raw: np.ndarray, counts: str | None, seed: int
-) -> dict[str, tuple[str, pairs.Joint | str]]:
+) -> dict[str, tuple[str, joint_space.Joint | str]]:
     """Joint spaces that every evaluation has beside those under test."""
     expression = _expression(adata, counts, seed)
-    cca: pairs.Joint | str
-    depth: pairs.Joint | str
+    cca: joint_space.Joint | str
+    depth: joint_space.Joint | str
     if isinstance(expression, str):
         cca = depth = expression
     else:
         values = _log_ratio(raw) if _is_counts(raw) else raw
-        cca = pairs.canonical(expression.pca, pairs.components(values))
+        cca = joint_space.canonical(expression.pca, joint_space.components(values))
         total = np.log1p(np.asarray(expression.counts.sum(1), np.float64).ravel())
-        depth = pairs.by_depth(total, np.log1p(np.maximum(raw, 0).sum(1)))
+        depth = joint_space.by_depth(total, np.log1p(np.maximum(raw, 0).sum(1)))
     rng = np.random.default_rng([seed, 9])
     here, there, truth = (rng.normal(size=(adata.n_obs, 10)) for _ in range(3))
-    oracle = pairs.fixed(truth, truth + 0.1 * rng.normal(size=truth.shape))
+    oracle = joint_space.fixed(truth, truth + 0.1 * rng.normal(size=truth.shape))
     return {
         "cca": ("baseline", cca),
         "depth_only": ("control", depth),
-        "noise": ("control", pairs.fixed(here, there)),
+        "noise": ("control", joint_space.fixed(here, there)),
         "oracle": ("oracle", oracle),
     }
