@@ -82,6 +82,7 @@ METRICS: dict[str, Metric] = {
     "out_of_set_rate": Metric("out-of-set rate", "min"),
     "log_loss": _error("log-loss"),
     "ece": Metric("ECE", "min"),
+    "fpr95": Metric("false positives at 95 % recall", "min"),
     "ontology_exact": Metric("exact"),
     "ontology_tolerant": Metric("ancestor or descendant"),
     "ontology_lin": Metric("Lin similarity"),
@@ -152,6 +153,17 @@ METRICS: dict[str, Metric] = {
     "variance_error": _error("|log2 variance ratio|"),
     "similarity": Metric("similarity of predictions", "min", -1.0),
     "calibrated": Metric("share of the reachable", low=None, high=None),
+    # diagnostics, masked values, invariance
+    "effective_rank": Metric("effective rank", low=1.0, high=None),
+    "uniformity": Metric("uniformity", "min", -4.0, 0.0),
+    "depth_r2": Metric("depth, R² of a ridge probe", "min", low=None),
+    "depth_pcr": Metric("variance along depth", "min"),
+    "masked_gain": Metric("error of gene means removed", low=None),
+    "masked_mse": _error("squared error"),
+    "mse_zero": _error("squared error, zeros"),
+    "mse_nonzero": _error("squared error, expressed"),
+    "deviation": _error("deviation"),
+    "excess": _error("deviation / tolerance"),
 }
 """Metric of a row → what it is."""
 
@@ -160,6 +172,7 @@ HEADS = {
     "knn": "k nearest neighbours",
     "mlp": "multilayer perceptron",
     "majority": "majority class",
+    "mahalanobis": "Mahalanobis distance",
     "leiden": "Leiden",
     "kmeans": "k-means",
     "ridge": "ridge regression",
@@ -247,6 +260,33 @@ TASKS: dict[str, Task] = {
         ),
         note="Log-loss and calibration error (ECE): lower is better; they belong to a class-balanced probe.",
         blind=("noise", "majority", "depth_only"),
+    ),
+    "annotation/few-shot": Task(
+        "Annotation from few labels",
+        "Logistic regression trained on a few cells of each label, drawn five times from the training "
+        "groups; macro-F1 in groups it has not seen.",
+        leading=(Leading("macro_f1", "logistic", "10 per label"), Leading("macro_f1", "logistic")),
+        headline=("macro_f1", "balanced_accuracy", "accuracy"),
+        columns=tuple(
+            Columns(f"{n} per label", ("macro_f1",), {"setting": f"{n} per label"}, lead=n in (1, 10))
+            for n in (1, 5, 10, 50)
+        ),
+        note="Labels with fewer training cells than asked for give all they have.",
+        blind=("noise", "depth_only"),
+    ),
+    "annotation/unseen": Task(
+        "Unseen types",
+        "Whole types are left out of training one at a time; novelty should tell their cells from cells of "
+        "known types in held-out groups. AUROC of chance is 0.5.",
+        leading=(Leading("auroc", "knn"),),
+        headline=("auroc", "average_precision", "fpr95"),
+        columns=(
+            Columns("distance to 15 neighbours", ("auroc", "fpr95"), {"head": "knn"}, lead=True),
+            Columns("Mahalanobis distance", ("auroc", "fpr95"), {"head": "mahalanobis"}),
+            Columns("1 - highest probability", ("auroc", "fpr95"), {"head": "logistic"}, lead=True),
+        ),
+        note="False positives at 95 % recall: lower is better.",
+        blind=("noise", "depth_only"),
     ),
     "clustering": Task(
         "Clustering",
@@ -459,6 +499,58 @@ TASKS: dict[str, Task] = {
         columns=(Columns("sign of edges", ("auroc", "average_precision"), lead=True),),
         note="regulator_sign knows which share of the regulator's other targets it activates.",
         blind=("random",),
+    ),
+    # diagnostics, masked values, invariance
+    "diagnostics": Task(
+        "Diagnostics",
+        "What can be wrong with a representation whatever it is used for: collapse (a low effective rank, a "
+        "uniformity near 0) and a representation that mostly holds sequencing depth. Predicted by a ridge "
+        "probe in held-out groups (or cells), depth is partly biology: compare with the PCA.",
+        leading=(Leading("effective_rank"),),
+        headline=("effective_rank",),
+        columns=(
+            Columns("directions in use", ("effective_rank", "uniformity"), lead=True),
+            Columns("depth in the representation", ("depth_r2", "depth_pcr"), lead=True),
+        ),
+        note="None of these makes a representation good: noise has the highest rank of all. They say when "
+        "something is wrong.",
+        uncompared=("",),
+        blind=("collapsed",),
+    ),
+    "masked": Task(
+        "Masked values",
+        "The pretraining objective against predictors that know nothing of the cell: which share of the "
+        "squared error of the mean of each gene is gone at entries hidden from the model? 0: no better.",
+        leading=(Leading("masked_gain"),),
+        headline=("masked_gain", "feature_spearman"),
+        columns=(
+            Columns("masked entries", ("masked_gain", "masked_mse"), lead=True),
+            Columns("within genes, across cells", ("feature_spearman",), lead=True),
+            Columns("masked entries", ("mse_zero", "mse_nonzero")),
+        ),
+        note="shuffled deals the true values of each gene out to other cells. Across the genes of one cell "
+        "the gene means correlate highly already; only the correlation across cells says something.",
+        blind=("shuffled", "global_mean"),
+    ),
+    "invariance": Task(
+        "Invariance",
+        "Does the embedding of a cell depend on that cell alone? The largest distance that a cell moves, in "
+        "units of the spread of the cells, when the same cells are embedded in another way.",
+        leading=(Leading("excess"),),
+        headline=("excess",),
+        columns=(
+            Columns("worst", ("excess",), lead=True),
+            Columns("one by one", ("deviation",), {"setting": "alone"}, lead=True),
+            Columns("other order of cells", ("deviation",), {"setting": "order"}),
+            Columns("other order of genes", ("deviation",), {"setting": "genes"}),
+            Columns("unexpressed genes added", ("deviation",), {"setting": "zero genes"}),
+            Columns("other storage", ("deviation",), {"setting": "storage"}),
+            Columns("same call again", ("deviation",), {"setting": "repeat"}),
+            Columns("bfloat16", ("deviation",), {"setting": "bfloat16"}),
+        ),
+        note="Above 1 the tolerance is exceeded. batch_centred is broken on purpose: it subtracts the mean "
+        "of the cells that are embedded together.",
+        blind=("batch_centred",),
     ),
 }
 """Task of a row → what it is, in the order of the report. A task with parts of different kinds is several

@@ -99,7 +99,7 @@ def gates(frame: pd.DataFrame, facts: Mapping[str, Any]) -> list[Gate]:
             found += _controls(model, score, frame)
             found += _twin(model, score.pick(frame[frame["model_id"].eq(model)]))
         found += _batch_axis(model, frame)
-        if model not in facts.get("twins", {}):
+        if model not in facts.get("twins", {}) and frame["task"].ne("invariance").any():
             how = "(controls={'random_init': key}): what pretraining adds to its architecture is not known."
             found.append(Gate("caution", f"No random-initialised twin of {model} was given {how}"))
     order = ("fail", "caution", "note", "pass")
@@ -197,6 +197,8 @@ def _data(frame: pd.DataFrame, facts: Mapping[str, Any]) -> Iterator[Gate]:
             f"Only {n_groups} groups: intervals are over cells of held-out groups and say nothing about the "
             "spread between groups; scores per group are shown.",
         )
+    for level, message in facts.get("findings", []):  # what a task itself found wrong or right
+        yield Gate(level, message)
     overlap = facts.get("pretrain_overlap", "unknown")
     if overlap != "none":
         yield Gate("note", f"Overlap of these cells with the pretraining data: {overlap}.")

@@ -147,14 +147,15 @@ def read_labels(cells: np.ndarray, label: np.ndarray, group: np.ndarray | None) 
     """
     size = np.bincount(label[label >= 0], minlength=1)
     keep = (label >= 0) & (size[label] >= MIN_CELLS)
-    grouped = group is not None and len(np.unique(group[keep & (group >= 0)])) > 1
-    if group is not None and grouped:
+    if group is not None and len(np.unique(group[keep & (group >= 0)])) > 1:
         keep &= group >= 0
         group = group[keep]
+    else:
+        group = None
     cells, label = cells[keep], label[keep]
     if len(np.unique(label)) < 2:
         return {}
-    if grouped:
+    if group is not None:
         folds = GroupKFold(min(N_FOLDS, len(np.unique(group)))).split(cells, label, group)
     else:
         folds = StratifiedKFold(N_FOLDS, shuffle=True, random_state=0).split(cells, label)
