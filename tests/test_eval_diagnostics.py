@@ -7,12 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from synthetic import synthetic_adata
+from test_models import TINY
 
+from scjax import api, models
 from scjax.eval import diagnostics, invariance, masked_error
 from scjax.eval.baselines import Expression
 from scjax.eval.diagnostics import depth_pcr, diagnose, effective_rank, uniformity
 from scjax.eval.invariance import ALONE, project
 from scjax.eval.masked import BASELINES
+from scjax.genes import Vocabulary
+from scjax.nn import initialise
 
 
 def value(results, model, metric, **where):
@@ -343,16 +347,12 @@ def test_invariance_refuses_what_it_cannot_judge(some):
         invariance(lambda a: np.full((a.n_obs, 3), np.nan), some)
 
 
-def test_a_model_of_ours_is_invariant(some):
-    """Through the face that users take; what embeds is a model of scjax before training."""
-    from scjax import api, models
-    from scjax.genes import Vocabulary
-    from scjax.nn import initialise
-
-    config = {"d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 32, "max_length": 100, "dropout": 0.1}
+@pytest.mark.parametrize("system", sorted(models.SYSTEMS))
+def test_models_of_ours_are_invariant(some, system):
+    """Every system before training, through the face that users take."""
     genes = Vocabulary(list(some.var["ensembl_id"]), list(some.var_names))
-    state = initialise(models.build("scgpt", config, len(genes), 0))
-    model = api.Model("scgpt", config, genes, **state, step=0, path=Path("nowhere"))
-    found = invariance(model, some, name="scgpt", n_cells=24)
+    state = initialise(models.build(system, TINY[system], len(genes), 0))
+    model = api.Model(system, TINY[system], genes, **state, step=0, path=Path("nowhere"))
+    found = invariance(model, some, name=system, n_cells=24)
     failed = [g.message for g in found.gates() if g.level == "fail"]
-    assert not failed and value(found, "scgpt", "excess") < 1
+    assert not failed and value(found, system, "excess") < 1
