@@ -174,10 +174,11 @@ def _mean(values: np.ndarray) -> np.ndarray:
 def ceiling(
     first: np.ndarray, second: np.ndarray, parts: Mapping[str, np.ndarray], weights: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """What the best possible prediction would score, from two halves of the same counts.
+    """What the best possible prediction would score, estimated from two halves of the same counts.
 
     If r is the correlation of the halves, the whole has reliability R = 2r / (1 + r) (Spearman 1910, Brown
     1910); a prediction of the expectation correlates √R with the truth and errs by √(1 − R) of its spread.
+    Exact for sums of both halves; logarithms of small counts make it too high by some hundredths.
     """
     halves = per_feature(second, first, parts, weights)
 

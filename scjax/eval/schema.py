@@ -377,15 +377,15 @@ TASKS: dict[str, Task] = {
             ),
             Columns("logistic regression", ("balanced_accuracy", "accuracy"), {"head": "logistic"}),
         ),
-        note="cell_type_only knows the annotated cell type and nothing else: a region that it predicts may be "
-        "defined by its types. coordinates takes the region of the nearest training cells on the slide: under "
-        "block splits it shows how much plain adjacency is worth, not what expression knows.",
+        note="cell_type_only knows the annotated cell type and nothing else: a region that it predicts may "
+        "be defined by its types. coordinates takes the region of the nearest training cells on the slide: "
+        "under block splits it shows how much plain adjacency is worth, not what expression knows.",
         blind=("noise", "majority", "depth_only"),
     ),
     "spatial/composition": Task(
         "Spatial neighbourhoods",
         "Ridge regression from the representation of a single cell to the shares of cell types among its "
-        "nearest neighbours, in held-out sections or blocks. R² is against the training mean, which scores 0.",
+        "nearest neighbours, in held-out sections or blocks. R² is against the training mean (0).",
         leading=(Leading("composition_r2"),),
         headline=("composition_r2", "composition_jsd"),
         columns=(
@@ -393,8 +393,8 @@ TASKS: dict[str, Task] = {
             Columns("composition", ("composition_jsd", "composition_mae"), lead=True),
             Columns("density of cells", ("density_r2",)),
         ),
-        note="Divergence and errors: lower is better. cell_type_only knows the type of the cell itself: what a "
-        "model scores above it is knowledge of the surroundings. coordinates: nearest training cells on the "
+        note="Divergence and errors: lower is better. cell_type_only knows the type of the cell itself: what "
+        "a model scores above it is knowledge of the surroundings. coordinates: nearest training cells on the "
         "slide, a detector of leaks.",
         blind=("noise", "train_mean", "depth_only"),
     ),
@@ -408,9 +408,9 @@ TASKS: dict[str, Task] = {
             Columns("over genes", ("feature_pearson", "feature_spearman", "feature_nrmse"), lead=True),
             Columns("spatial pattern", ("moran_r", "moran_mae"), lead=True),
         ),
-        note="Errors are in units of the spread of the truth: the true mean scores 1; lower is better. Moran's "
-        "I of predictions is usually too high, since they lack the noise of counts. half_split is what the "
-        "best possible prediction would score, given that noise.",
+        note="Errors are in units of the spread of the truth: the true mean scores 1; lower is better. "
+        "Moran's I of predictions is usually too high, since they lack the noise of counts. half_split "
+        "estimates what the best possible prediction would score, given that noise.",
         blind=("noise", "gene_mean", "depth_only"),
     ),
     "modalities/matching": Task(
@@ -425,8 +425,8 @@ TASKS: dict[str, Task] = {
             Columns("fixed pool", ("recall_at_1", "recall_at_10"), lead=True),
             Columns("from the first modality to the second", ("transfer_f1",)),
         ),
-        note="FOSCTTM: lower is better. cca is canonical correlation on the training cells; depth_only matches "
-        "cells by their total counts.",
+        note="FOSCTTM: lower is better. cca is canonical correlation on the training cells; depth_only "
+        "matches cells by their total counts.",
         blind=("noise", "depth_only"),
     ),
     "modalities/prediction": Task(
@@ -439,7 +439,7 @@ TASKS: dict[str, Task] = {
             Columns("over features", ("feature_pearson", "feature_spearman", "feature_nrmse"), lead=True),
         ),
         note="Errors are in units of the spread of the truth: the true mean scores 1; lower is better. "
-        "half_split is what the best possible prediction would score, given the noise of counts.",
+        "half_split estimates what the best possible prediction would score, given the noise of counts.",
         blind=("noise", "feature_mean", "depth_only"),
     ),
     # genes and networks
