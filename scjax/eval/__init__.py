@@ -12,11 +12,17 @@ missing.
 
 from scjax.eval.annotation import annotation
 from scjax.eval.clustering import clustering
+from scjax.eval.diagnostics import diagnostics
 from scjax.eval.doors import Embedder, embedder, load_embedding
 from scjax.eval.genes import genes
+from scjax.eval.imputation import imputation
 from scjax.eval.integration import integration
+from scjax.eval.invariance import invariance
+from scjax.eval.masked import masked_error
+from scjax.eval.modalities import matching, modality_prediction
 from scjax.eval.results import Results
 from scjax.eval.runner import run
+from scjax.eval.spatial import spatial
 from scjax.eval.verdict import Gate
 
 __all__ = [
@@ -25,9 +31,16 @@ __all__ = [
     "Results",
     "annotation",
     "clustering",
+    "diagnostics",
     "embedder",
     "genes",
+    "imputation",
     "integration",
+    "invariance",
     "load_embedding",
+    "masked_error",
+    "matching",
+    "modality_prediction",
     "run",
+    "spatial",
 ]
