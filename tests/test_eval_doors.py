@@ -152,7 +152,7 @@ def test_scjax_registers_itself():
 def hashed(tmp_path_factory):
     """A corpus of two studies, one with a validation part, and its hashes."""
     folder = tmp_path_factory.mktemp("hashed")
-    studies = [synthetic_adata(120, 400, seed=s) for s in (0, 1)]
+    studies = [synthetic_adata(120, 1200, seed=s) for s in (0, 1)]
     for i, study in enumerate(studies):
         study.obs_names = [f"s{i}_{n}" for n in study.obs_names]
     path, file = folder / "corpus", folder / "hashes.npz"
@@ -178,7 +178,7 @@ def test_validation_cells_and_others_are_not_found(hashed):
     corpus, _, file = hashed
     held_out = corpus.split("validation")
     cells = corpus.read(np.arange(held_out[0].first_row, held_out[0].first_row + held_out[0].n_cells))
-    for other in (cells, synthetic_adata(120, 400, seed=7)):
+    for other in (cells, synthetic_adata(120, 1200, seed=7)):
         found = pretrain_overlap(other, file)
         assert found.verdict == "none" and found.share == 0.0, found
 
@@ -191,16 +191,16 @@ def test_dropping_rare_genes_does_not_hide_a_study(hashed):
     assert kept.n_vars < study.n_vars
     found = pretrain_overlap(kept, file)
     assert found.verdict == "cell" and found.share > 0.5
-    few = study[:, :50].copy()  # so few genes that nothing can be said
+    few = study[:, :150].copy()  # so few genes that nothing can be said
     assert pretrain_overlap(few, file).verdict == "unknown"
-    shallow = synthetic_adata(60, 400, seed=8)
-    shallow.X = shallow.X.multiply(np.arange(400) < 30).tocsr()
+    shallow = synthetic_adata(60, 1200, seed=8)
+    shallow.X = shallow.X.multiply(np.arange(1200) < 90).tocsr()
     assert "too few genes" in pretrain_overlap(shallow, file).note
 
 
 def test_names_of_studies(hashed, tmp_path):
     _, _, file = hashed
-    other = synthetic_adata(60, 400, seed=9)
+    other = synthetic_adata(60, 1200, seed=9)
     assert pretrain_overlap(other, file, studies=["beta"]).verdict == "study"
     other.obs["set"] = "ALPHA"
     found = pretrain_overlap(other, file, studies="set")
@@ -212,7 +212,7 @@ def test_names_of_studies(hashed, tmp_path):
     assert pretrain_overlap(other, plain, studies=["delta"]).verdict == "unknown"
     with pytest.raises(KeyError, match="not a column of obs; there are: cell_type"):
         pretrain_overlap(other, file, studies="nope")
-    normalised = synthetic_adata(20, 400)
+    normalised = synthetic_adata(20, 1200)
     normalised.X.data = normalised.X.data / 3
     assert pretrain_overlap(normalised, file).verdict == "unknown"
 
@@ -229,25 +229,25 @@ def test_a_file_that_is_no_manifest_is_refused(tmp_path):
 
 
 def test_writer_and_reader_follow_one_recipe():
-    ids = [f"ENSG{i:011d}" for i in range(300)]
-    symbols = [f"G{i}" for i in range(298)] + ["", "g0"]
+    ids = [f"ENSG{i:011d}" for i in range(1200)]
+    symbols = [f"G{i}" for i in range(1198)] + ["", "g0"]
     keys = hashes.gene_keys(ids, symbols)
     np.testing.assert_array_equal(keys, reader.gene_keys(ids, symbols))
-    assert len(np.unique(keys)) == 300
-    counts = synthetic_adata(50, 300).X
+    assert len(np.unique(keys)) == 1200
+    counts = synthetic_adata(50, 1200).X
     mine = hashes.hash_cells(counts, keys)
     np.testing.assert_array_equal(mine, reader.hash_cells(counts, keys))
-    order = np.random.default_rng(1).permutation(300)
+    order = np.random.default_rng(1).permutation(1200)
     np.testing.assert_array_equal(mine, hashes.hash_cells(counts[:, order], keys[order]))
-    assert (mine > 0).all() and len(np.unique(mine)) == mine.size
+    assert (mine > 0).mean() > 0.9 and len(np.unique(mine[mine > 0])) == (mine > 0).sum()
     other = counts.copy()
-    other.data[0] += 1  # one count of one gene: one quarter of one cell
+    other.data[0] += 1  # one count of one gene: one hand of one cell
     assert (hashes.hash_cells(other, keys) != mine).sum() == 1
     # the numbers themselves: files written by one version are read by the next
     assert int(keys[0]) == KEY and int(mine[0, 0]) == HASH
 
 
-KEY, HASH = 15069010328374381190, 9608315129758578716
+KEY, HASH = 15069010328374381190, 783127935322239483
 
 
 def test_hashes_from_the_command_line(hashed, tmp_path):

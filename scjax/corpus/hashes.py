@@ -3,12 +3,12 @@
 The file stands alone: it can be published beside a checkpoint, holds no expression value, and is read by
 ``scjax.eval.overlap``, which imports nothing of this room. What both sides must agree on is written here.
 
-A cell has four hashes, one per quarter of the genes, so that a cell is still known when rare genes were
-dropped from one of two copies of a study. The quarter of a gene (its last two bits) and its 64-bit key g come
-from BLAKE2b of its name in upper case: the symbol, or the id where the symbol is empty or that of several
-genes. The hash of a quarter is the sum over its expressed genes, modulo 2^64, of
+Genes are dealt into 16 hands, and a cell has a hash in each, so that it is still known when some genes were
+dropped or renamed in one of two copies of a study. The key g of a gene comes from 64 bits of BLAKE2b of its
+name in upper case: the symbol, or the id where the symbol is empty or that of several genes; its hand is
+g modulo 16. The hash of a hand is the sum over its expressed genes, modulo 2^64, of
 mix(g + 0x9E3779B97F4A7C15 · count), where mix is the finaliser of SplitMix64 (Steele, Lea, Flood 2014); sums
-do not depend on the order of genes. A quarter in which a cell expresses fewer than 16 genes has none.
+do not depend on the order of genes. A hand in which a cell expresses fewer than 16 genes has none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from scjax.corpus.corpus import Corpus
 from scjax.corpus.progress import cell_progress
 
 FORMAT = "scjax-cell-hashes-1"
-MIN_GENES = 16
+HANDS, MIN_GENES = 16, 16
 _AT_ONCE = 8192  # cells
 _STEP, _MIX1, _MIX2 = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -40,7 +40,7 @@ def gene_keys(gene_id: Sequence[str], symbol: Sequence[str]) -> np.ndarray:
 
 
 def hash_cells(counts: sparse.csr_matrix, keys: np.ndarray) -> np.ndarray:
-    """uint64 [cells, 4]: the hashes of each cell, 0 where a quarter has none.
+    """uint64 [cells, 16]: the hashes of each cell, 0 where a hand has none.
 
     Args:
       counts: raw counts [cells, genes].
@@ -49,31 +49,23 @@ def hash_cells(counts: sparse.csr_matrix, keys: np.ndarray) -> np.ndarray:
     counts = sparse.csr_matrix(counts, copy=True)
     counts.eliminate_zeros()
     gene = keys[counts.indices]
+    hand = (gene % np.uint64(HANDS)).astype(np.int64)
+    row = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
+    out = np.zeros((counts.shape[0], HANDS), np.uint64)
     with np.errstate(over="ignore"):
         x = gene + _STEP * np.rint(counts.data).astype(np.uint64)
         x = (x ^ (x >> np.uint64(30))) * _MIX1
         x = (x ^ (x >> np.uint64(27))) * _MIX2
-        x ^= x >> np.uint64(31)
-        out = np.zeros((counts.shape[0], 4), np.uint64)
-        for quarter in range(4):
-            here = (gene & np.uint64(3)) == quarter
-            total, n = _running(np.where(here, x, np.uint64(0))), _running(here.astype(np.uint64))
-            start, end = counts.indptr[:-1], counts.indptr[1:]
-            enough = n[end] - n[start] >= MIN_GENES
-            out[:, quarter] = np.where(enough, total[end] - total[start], np.uint64(0))
-    return out
-
-
-def _running(x: np.ndarray) -> np.ndarray:
-    """Sums of the first 0, 1, 2, ... values, modulo 2^64."""
-    return np.concatenate([np.zeros(1, np.uint64), np.cumsum(x, dtype=np.uint64)])
+        np.add.at(out, (row, hand), x ^ (x >> np.uint64(31)))
+    n = np.bincount(HANDS * row + hand, minlength=out.size).reshape(out.shape)
+    return np.where(n >= MIN_GENES, out, np.uint64(0))
 
 
 def write_hashes(corpus: Corpus, out: str | os.PathLike[str], progress: bool = True) -> int:
     """Writes the hashes of the training cells, the genes and the names of the data sets to an ``.npz``.
 
-    Reads the corpus once; the file takes 32 bytes a cell. Cells of the validation split are left out: no
-    model is trained on them.
+    Reads the corpus once; the file takes up to 128 bytes a cell. Cells of the validation split are left out:
+    no model is trained on them.
 
     Returns:
       The number of cells.
