@@ -191,6 +191,22 @@ def test_canonical_correlation_is_that_of_scikit_learn_and_learns_nothing_from_n
     assert value(found, "cca", "foscttm") == pytest.approx(0.5, abs=0.06)
 
 
+def test_a_joint_space_may_fit_itself_on_the_training_cells(cells):
+    log = np.log1p(cells.obsm["protein"].to_numpy(float))
+    seen = []
+
+    def remembering(train: np.ndarray) -> np.ndarray:
+        seen.append(set(train))
+        return cells.obsm["factors"]
+
+    fitted = joint_space.canonical(remembering, joint_space.components(log))
+    found = matching(cells, "protein", {"m": fitted}, n_boot=30)
+    assert value(found, "m", "foscttm") < value(found, "cca", "foscttm")
+    assert len(seen) == 4 and all(len(s) == 180 for s in seen)
+    with pytest.raises(ValueError, match="1 and 2 dimensions"):
+        matching(cells, "protein", {"m": lambda train: (np.eye(240, 1), np.eye(240, 2))}, n_boot=0)
+
+
 def test_many_groups_are_resampled_as_groups():
     many = paired(600, n_groups=12)
     found = matching(many, "protein", joints(many), group_key="donor", pool=10, n_boot=60)

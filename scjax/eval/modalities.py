@@ -34,7 +34,7 @@ Second: TypeAlias = "str | pd.DataFrame"
 def matching(
     adata: ad.AnnData,
     second: Second,
-    embeddings: Mapping[str, tuple[Any, Any]],
+    embeddings: Mapping[str, tuple[Any, Any] | joint_space.Joint],
     *,
     label_key: str | None = None,
     group_key: str | None = None,
@@ -61,7 +61,9 @@ def matching(
         adata: cells with raw counts of the first modality.
         second: the other modality: an obsm key, or a table [cells, features] with names of cells. Counts are
             centred log ratios thereafter (see :func:`modality_prediction`).
-        embeddings: name → the two halves in one space, each an array [cells, dimensions] or an obsm key.
+        embeddings: name → the two halves in one space, each an array [cells, dimensions] or an obsm key; or a
+            function that takes the rows of a training fold, fits itself on them and returns both halves of
+            all cells, such as :func:`scjax.eval.joint_space.canonical` makes of two representations.
         label_key, group_key: obs columns of cell types and of donors or batches.
         pool: number of candidates of recall@k, the true one among them.
         twins: name of an embedding → name of its random-initialised twin among ``embeddings``.
@@ -75,7 +77,7 @@ def matching(
     if not embeddings:
         raise ValueError("no embeddings to evaluate: give {name: (first half, second half)}")
     twins = dict(twins or {})
-    halves = {name: _halves(adata, name, pair) for name, pair in embeddings.items()}
+    halves = {name: _joint(adata, name, given) for name, given in embeddings.items()}
     if lost := {*twins, *twins.values()} - set(halves):
         raise KeyError(f"twins names {sorted(lost)[0]!r}, which is not among {', '.join(halves)}")
     raw, _ = _second(adata, second)
@@ -96,8 +98,7 @@ def matching(
     if label_key is not None:
         labels, _ = checks.encode(checks.column(adata.obs, label_key, "label"), "labels", n)
     ways: dict[str, tuple[str, joint_space.Joint | str]] = {
-        name: ("control" if name in twins.values() else "model", joint_space.fixed(*pair))
-        for name, pair in halves.items()
+        name: ("control" if name in twins.values() else "model", joint) for name, joint in halves.items()
     }
     ways |= _rivals(adata, raw, counts, seed)
     draws = joint_space.pools(sets, pool, seed)
@@ -299,14 +300,21 @@ def _groups(adata: ad.AnnData, key: str | None) -> tuple[np.ndarray | None, list
     return codes, names
 
 
-def _halves(adata: ad.AnnData, name: str, pair: tuple[Any, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Both halves of an embedding, checked."""
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
+def _joint(adata: ad.AnnData, name: str, given: Any) -> joint_space.Joint:
+    """An embedding as a function of the training rows; halves that are given are checked at once."""
+    if callable(given):
+        return lambda train: _checked(name, given(train), adata.n_obs)
+    if not isinstance(given, tuple | list) or len(given) != 2:
         raise ValueError(f"embedding {name!r}: two halves (first modality, second modality) are needed")
+    first, second = (obsm(adata, half) if isinstance(half, str) else half for half in given)
+    return joint_space.fixed(*_checked(name, (first, second), adata.n_obs))
+
+
+def _checked(name: str, pair: tuple[Any, Any], n: int) -> joint_space.Halves:
+    """Both halves as arrays; a ValueError where they do not fit the cells or each other."""
+    # A function of the training rows may rightly find nothing to share, and then returns zeros.
     first, second = (
-        obsm(adata, half)
-        if isinstance(half, str)
-        else checks.matrix(half, f"{name} ({which} half)", adata.n_obs, list(adata.obs_names))
+        checks.matrix(half, f"{name} ({which} half)", n, zero_rows=True)
         for half, which in zip(pair, ("first", "second"), strict=True)
     )
     if first.shape[1] != second.shape[1]:
