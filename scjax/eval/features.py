@@ -187,9 +187,13 @@ class Units:
         score: Callable[[dict[str, np.ndarray], np.ndarray], Scores],
         parts: dict[str, np.ndarray],
     ) -> Scores:
-        """Median over features of scores per feature, under the resamples: {metric: float64[1 + n_boot]}."""
+        """Median over features of scores per feature, under the resamples: {metric: float64[1 + n_boot]}.
+
+        Medians of noisier values lie elsewhere; resamples of cells are moved to have the value as their mean.
+        """
         if self.groups is None:
-            return {metric: _median(values) for metric, values in score(parts, self.cells).items()}
+            found = score(parts, self.cells)
+            return {metric: stats.centred(_median(values)) for metric, values in found.items()}
         one = np.ones((1, self.cells.shape[1]))
         single = [score({part: rows}, one) for part, rows in parts.items()]
         out = {}

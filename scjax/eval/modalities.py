@@ -234,7 +234,8 @@ def modality_prediction(
         note = features.spread_note(whole["feature_pearson"][0])
         row = {**about, "model_id": name, "model_kind": way.kind, "embedding_key": way.key}
         for metric, values in units.over_features(score, parts).items():
-            out.add(values, **row, metric=metric, ci_method=units.method, note=note)
+            method = units.method + ", centred" * (units.groups is None)
+            out.add(values, **row, metric=metric, ci_method=method, note=note)
             if metric != "feature_nrmse":
                 for feature, value in zip(names, whole[metric][0], strict=True):
                     out.add([value], **row, metric=metric, label=feature)
