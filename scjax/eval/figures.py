@@ -126,14 +126,22 @@ def curves(
 
 @styled
 def probes(series: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> bytes:
-    """Scores of frozen probes over training steps, one line each."""
+    """Frozen probes over training steps: scores between 0 and 1 at the left, the effective rank at the
+    right.
+    """
+    rank = "probe/effective_rank"
+    sides = [[name for name in series if name != rank], [name for name in series if name == rank]]
+    sides = [names for names in sides if names]
     figure = blank(7.6, 3.1)
-    axes = figure.subplots()
-    for i, (name, (step, value)) in enumerate(series.items()):
-        axes.plot(step, value, color=PALETTE[i % len(PALETTE)], lw=1.6, marker="o", ms=3, label=name)
-    axes.set_xlabel("training step")
-    axes.grid(axis="y", color=RULE, lw=0.6)
-    figure.legend(loc="outside right center")
+    colours = dict(zip(series, PALETTE, strict=False))
+    for axes, names in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides, strict=True):
+        for name in names:
+            called = name.removeprefix("probe/").replace("_macro_f1", ", macro-F1").replace("_", " ")
+            axes.plot(*series[name], color=colours[name], lw=1.6, marker="o", ms=3, label=called)
+        axes.set_ylim(0, 1 if names != [rank] else None)
+        axes.set_xlabel("training step")
+        axes.grid(axis="y", color=RULE, lw=0.6)
+        axes.legend(loc="best")
     return svg(figure)
 
 
