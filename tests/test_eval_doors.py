@@ -116,6 +116,10 @@ class Sums:
         return self.scale * np.asarray(adata.X.sum(1)).reshape(-1, 1)
 
 
+def needy(source):
+    return Sums(source)
+
+
 def number():
     return 3
 
@@ -127,15 +131,21 @@ def test_embedders_are_found_by_their_entry_points(tmp_path, monkeypatch):
         "Metadata-Version: 2.1\nName: sums\nVersion: 1.0\n"
     )
     (package / "sums-1.0.dist-info" / "entry_points.txt").write_text(
-        f"[scjax.embedders]\nsums = {__name__}:Sums\nwrong = {__name__}:number\n"
+        f"[scjax.embedders]\nsums = {__name__}:Sums\nwrong = {__name__}:number\nneedy = {__name__}:needy\n"
     )
     monkeypatch.setattr(sys, "path", [str(package), *sys.path])
     adata = synthetic_adata(10, 20)
     plain, scaled = embedder("sums"), embedder("sums:2")
     assert isinstance(plain, Embedder)
     np.testing.assert_allclose(2 * plain.embed(adata), scaled.embed(adata))
-    with pytest.raises(KeyError, match=r"no embedder 'other' is registered; there are: .*sums, wrong"):
+    with pytest.raises(
+        KeyError, match=r"no embedder 'other' is registered; there are: .*needy, .*sums, wrong"
+    ):
         embedder("other")
+    with pytest.raises(ValueError, match="'wrong:x' cannot be made so; write plain 'wrong'"):
+        embedder("wrong:x")
+    with pytest.raises(ValueError, match="write 'needy:SOURCE'"):
+        embedder("needy")
     with pytest.raises(TypeError, match=r"'wrong' .* gave a int without embed"):
         embedder("wrong")
 

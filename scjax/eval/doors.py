@@ -7,6 +7,7 @@ one of other cells is refused.
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -205,8 +206,8 @@ def embedder(name: str) -> Embedder:
     a size), or with nothing, and returns something with ``embed(adata)``.
 
     Raises:
-        KeyError: nothing of that name is registered (lists what is). TypeError: what was made has no
-        ``embed``.
+        KeyError: nothing of that name is registered (lists what is). ValueError: a source is missing, or
+        given where none is wanted. TypeError: what was made has no ``embed``.
     """
     short, _, source = name.partition(":")
     found = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
@@ -216,7 +217,13 @@ def embedder(name: str) -> Embedder:
             f"package registers one by an entry point of the group {ENTRY_POINTS!r}"
         )
     make = found[short].load()
-    made = make(source) if source else make()
+    given = (source,) if source else ()
+    try:
+        inspect.signature(make).bind(*given)
+    except TypeError:
+        right = f"plain {short!r}" if source else f"'{short}:SOURCE', where SOURCE is its path or name"
+        raise ValueError(f"the embedder {name!r} cannot be made so; write {right}") from None
+    made = make(*given)
     if not isinstance(made, Embedder):
         raise TypeError(
             f"the embedder {short!r} ({found[short].value}) gave a {type(made).__name__} without embed(adata)"
