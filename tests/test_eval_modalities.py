@@ -75,10 +75,10 @@ def matched(cells) -> Results:
 
 
 def test_matching_orders_oracle_good_weak_noise(matched):
-    found = [value(matched, m, "foscttm") for m in ("oracle", "good", "weak", "noise")]
+    found = [value(matched, m, "foscttm") for m in ("oracle", "good", "random_init", "noise")]
     assert found[0] < 0.01 and sorted(found) == found and found[3] == pytest.approx(0.5, abs=0.06)
     for metric in ("recall_at_1", "recall_at_10", "transfer_f1"):
-        chain = [value(matched, m, metric) for m in ("good", "weak", "noise")]
+        chain = [value(matched, m, metric) for m in ("good", "random_init", "noise")]
         assert chain == sorted(chain, reverse=True)
     assert value(matched, "cca", "foscttm") < 0.35 < value(matched, "depth_only", "foscttm")
     assert value(matched, "noise", "recall_at_10") == pytest.approx(10 / 50, abs=0.05)
@@ -88,7 +88,7 @@ def test_baselines_controls_and_differences_are_always_there(matched):
     kinds = {r["model_id"]: r["model_kind"] for r in matched.rows}
     assert kinds == {
         "good": "model",
-        "weak": "control",
+        "random_init": "control",
         "cca": "baseline",
         "depth_only": "control",
         "noise": "control",
@@ -99,7 +99,7 @@ def test_baselines_controls_and_differences_are_always_there(matched):
         for r in matched.rows
         if r["versus"] and r["metric"] == "foscttm" and r["group"] == MEAN
     }
-    assert set(apart) == {"cca", "weak"} and all(r["ci_high"] < 0 for r in apart.values())
+    assert set(apart) == {"cca", "random_init"} and all(r["ci_high"] < 0 for r in apart.values())
     assert not [g for g in matched.gates() if g.level == "fail"]
     assert {r["group"] for r in matched.rows} == {"d0", "d1", "d2", MEAN}
 
@@ -158,6 +158,8 @@ def test_telling_groups_apart_is_not_matching(cells):
     assert value(found, "batch", "foscttm") == pytest.approx(0.5, abs=0.05)
     by_cells = matching(cells, "protein", {"batch": tuple(half)}, n_boot=30)
     assert value(by_cells, "batch", "foscttm") < 0.3  # what it would have seemed to be
+    said = [g.message for g in by_cells.gates() if "split over CELLS" in g.message]
+    assert len(said) == 1 and said[0].startswith("Matching of modalities was split over CELLS")
 
 
 def test_matching_by_depth_alone_is_shown_beside_the_model():
@@ -248,10 +250,14 @@ def predicted(cells) -> Results:
 
 
 def test_prediction_orders_ceiling_good_weak_mean_noise(predicted):
-    r = {m: value(predicted, m, "feature_pearson") for m in ("half_split", "good", "weak", "feature_mean")}
-    assert r["half_split"] > r["good"] > r["weak"] > r["feature_mean"] == 0
+    r = {
+        m: value(predicted, m, "feature_pearson")
+        for m in ("half_split", "good", "random_init", "feature_mean")
+    }
+    assert r["half_split"] > r["good"] > r["random_init"] > r["feature_mean"] == 0
     error = [
-        value(predicted, m, "feature_nrmse") for m in ("half_split", "good", "feature_mean", "noise", "weak")
+        value(predicted, m, "feature_nrmse")
+        for m in ("half_split", "good", "feature_mean", "noise", "random_init")
     ]
     assert error == sorted(error)
     assert value(predicted, "perfect", "feature_pearson") == pytest.approx(r["half_split"], abs=0.04)
@@ -266,7 +272,7 @@ def test_prediction_is_aligned_by_name_and_inflation_gains_nothing(predicted):
         value(predicted, "inflated", "feature_pearson") <= value(predicted, "good", "feature_pearson") + 1e-9
     )
     assert value(predicted, "inflated", "feature_nrmse") > 2 * value(predicted, "good", "feature_nrmse")
-    twin = [r for r in predicted.rows if r["versus"] == "weak" and r["metric"] == "feature_pearson"]
+    twin = [r for r in predicted.rows if r["versus"] == "random_init" and r["metric"] == "feature_pearson"]
     assert len(twin) == 1 and twin[0]["ci_low"] > 0
 
 

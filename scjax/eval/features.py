@@ -14,6 +14,7 @@ import sklearn
 
 from scjax.eval import regression, stats
 from scjax.eval.baselines import Expression
+from scjax.eval.representations import twin_names
 from scjax.eval.results import Results
 from scjax.eval.schema import MEAN
 
@@ -120,6 +121,18 @@ def rivals(
     out[mean] = Entry("control", regression.by_mean(truth))
     out["noise"] = Entry("control", regression.by_chance(truth, seed))
     return out
+
+
+def named(ways: Mapping[str, Entry], twins: Mapping[str, str]) -> dict[str, Entry]:
+    """The same with twins under the names that tables know them by."""
+    known_as = shown(twins)
+    return {known_as.get(name, name): way for name, way in ways.items()}
+
+
+def shown(twins: Mapping[str, str]) -> dict[str, str]:
+    """Name of each twin as it was given → "random_init" or "random_init of X"."""
+    names = twin_names(twins)
+    return {twin: names[model] for model, twin in twins.items()}
 
 
 def check_twins(twins: Mapping[str, str], ways: Mapping[str, Entry]) -> None:

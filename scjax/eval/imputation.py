@@ -19,7 +19,7 @@ from scjax.eval.compare import conclude
 from scjax.eval.environment import one_thread, provenance
 from scjax.eval.features import Entry
 from scjax.eval.neighbourhoods import COORDINATES
-from scjax.eval.representations import obsm
+from scjax.eval.representations import obsm, twin_names
 from scjax.eval.results import Results
 from scjax.eval.splits import Fold, folds
 
@@ -115,6 +115,7 @@ def imputation(
     nearest = regression.by_neighbours(regression.fixed(place.scaled), truth, metric="euclidean")
     ways[COORDINATES] = Entry("control", nearest)
     features.check_twins(twins, ways)
+    ways = features.named(ways, twins)
 
     graphs = {}
     for part, rows in parts.items():
@@ -173,13 +174,13 @@ def imputation(
         "input_genes": len(inputs),
         "sections": dict(zip(place.section_names, np.bincount(place.section).tolist(), strict=True)),
         "split_scheme": scheme,
-        "twins": twins,
+        "twins": twin_names(twins),
         "n_boot": n_boot,
         "seed": seed,
         "pretrain_overlap": pretrain_overlap,
         "wall_s": {"all": round(time.perf_counter() - started, 2)},
     }
-    return conclude(out, twins)
+    return conclude(out, twin_names(twins))
 
 
 def _normalised(counts: sp.csr_matrix, column: np.ndarray) -> np.ndarray:

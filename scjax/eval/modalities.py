@@ -22,7 +22,7 @@ from scjax.eval.baselines import Expression, find_counts
 from scjax.eval.compare import conclude
 from scjax.eval.environment import one_thread, provenance
 from scjax.eval.features import Entry, Scores
-from scjax.eval.representations import obsm
+from scjax.eval.representations import obsm, twin_names
 from scjax.eval.results import Results
 from scjax.eval.splits import folds
 
@@ -100,6 +100,8 @@ def matching(
     ways: dict[str, tuple[str, joint_space.Joint | str]] = {
         name: ("control" if name in twins.values() else "model", joint) for name, joint in halves.items()
     }
+    known_as = features.shown(twins)
+    ways = {known_as.get(name, name): way for name, way in ways.items()}
     ways |= _rivals(adata, raw, counts, seed)
     draws = joint_space.pools(sets, pool, seed)
     units = features.Units(group, group_names, n, n_boot, seed, MATCHING)
@@ -136,13 +138,13 @@ def matching(
         "second": _described(raw, _is_counts(raw)),
         "pool": pool,
         "split_scheme": scheme,
-        "twins": twins,
+        "twins": twin_names(twins),
         "n_boot": n_boot,
         "seed": seed,
         "pretrain_overlap": pretrain_overlap,
         "wall_s": {"all": round(time.perf_counter() - started, 2)},
     }
-    return conclude(out, twins)
+    return conclude(out, twin_names(twins))
 
 
 @one_thread
@@ -216,6 +218,7 @@ def modality_prediction(
         ways[key] = Entry("control" if key in twins.values() else "model", predict, key)
     ways |= features.rivals(_expression(adata, counts, seed), truth, group, seed, mean="feature_mean")
     features.check_twins(twins, ways)
+    ways = features.named(ways, twins)
     if not counted:
         noise = np.random.default_rng([seed, 8]).normal(size=truth.shape) * truth.std(0)
         ways["oracle"] = Entry("oracle", regression.as_given(truth + 0.1 * noise))
@@ -264,13 +267,13 @@ def modality_prediction(
         "n_groups": len(group_names),
         "second": _described(raw, counted),
         "split_scheme": scheme,
-        "twins": twins,
+        "twins": twin_names(twins),
         "n_boot": n_boot,
         "seed": seed,
         "pretrain_overlap": pretrain_overlap,
         "wall_s": {"all": round(time.perf_counter() - started, 2)},
     }
-    return conclude(out, twins)
+    return conclude(out, twin_names(twins))
 
 
 def _mean_of(values: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:

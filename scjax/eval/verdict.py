@@ -174,11 +174,11 @@ def _batch_axis(model: str, frame: pd.DataFrame) -> Iterator[Gate]:
 
 def _data(frame: pd.DataFrame, facts: Mapping[str, Any]) -> Iterator[Gate]:
     """What the data, the splits and the machine did not allow."""
-    if frame["split_scheme"].str.contains("CELLS").any():
+    for task in dict.fromkeys(frame.loc[frame["split_scheme"].str.contains("CELLS"), "task"]):
         yield Gate(
             "caution",
-            "Annotation was split over CELLS, not groups: cells of one donor or study are on both sides, so "
-            "these scores do not speak for new donors or studies (give group_key).",
+            f"{TASKS[task].title} was split over CELLS, not groups: cells of one donor or study are on both "
+            "sides, so these scores do not speak for new donors or studies (give group_key).",
         )
     skipped = frame[frame["status"] == "skipped"].drop_duplicates(["model_id", "task", "note"])
     for task, note in skipped.groupby(["task", "note"], sort=False).groups:
