@@ -393,7 +393,7 @@ TASKS: dict[str, Task] = {
             Columns("composition", ("composition_jsd", "composition_mae"), lead=True),
             Columns("density of cells", ("density_r2",)),
         ),
-        note="Divergence and errors: lower is better. cell_type_only knows the type of the cell itself: what "
+        note="cell_type_only knows the type of the cell itself: what "
         "a model scores above it is knowledge of the surroundings. coordinates: nearest training cells on the "
         "slide, a detector of leaks.",
         blind=("noise", "train_mean", "depth_only"),
@@ -408,7 +408,7 @@ TASKS: dict[str, Task] = {
             Columns("over genes", ("feature_pearson", "feature_spearman", "feature_nrmse"), lead=True),
             Columns("spatial pattern", ("moran_r", "moran_mae"), lead=True),
         ),
-        note="Errors are in units of the spread of the truth: the true mean scores 1; lower is better. "
+        note="Errors are in units of the spread of the truth: the true mean scores 1. "
         "Moran's I of predictions is usually too high, since they lack the noise of counts. half_split "
         "estimates what the best possible prediction would score, given that noise.",
         blind=("noise", "gene_mean", "depth_only"),
@@ -425,7 +425,7 @@ TASKS: dict[str, Task] = {
             Columns("fixed pool", ("recall_at_1", "recall_at_10"), lead=True),
             Columns("from the first modality to the second", ("transfer_f1",)),
         ),
-        note="FOSCTTM: lower is better. cca is canonical correlation on the training cells; depth_only "
+        note="cca is canonical correlation on the training cells; depth_only "
         "matches cells by their total counts.",
         blind=("noise", "depth_only"),
     ),
@@ -438,7 +438,7 @@ TASKS: dict[str, Task] = {
         columns=(
             Columns("over features", ("feature_pearson", "feature_spearman", "feature_nrmse"), lead=True),
         ),
-        note="Errors are in units of the spread of the truth: the true mean scores 1; lower is better. "
+        note="Errors are in units of the spread of the truth: the true mean scores 1. "
         "half_split estimates what the best possible prediction would score, given the noise of counts.",
         blind=("noise", "feature_mean", "depth_only"),
     ),

@@ -69,7 +69,12 @@ def _block(scored: pd.DataFrame, block: Columns, full: bool, most: int) -> list[
         return [Column(over, METRICS[m].title, {**fields, "metric": m}) for m in block.metrics]
     shown = [lead, *[g for g in groups if g != lead]] if full and len(groups) <= most else [lead]
     return [
-        Column(block.over, g if g == lead else f"on {g}", {**fields, "metric": m, "group": g}, group=bool(g))
+        Column(
+            block.over,
+            (g or METRICS[m].title) if g == lead else f"on {g}",
+            {**fields, "metric": m, "group": g},
+            group=bool(g),
+        )
         for m in block.metrics
         for g in shown
     ]
