@@ -393,9 +393,8 @@ TASKS: dict[str, Task] = {
             Columns("composition", ("composition_jsd", "composition_mae"), lead=True),
             Columns("density of cells", ("density_r2",)),
         ),
-        note="cell_type_only knows the type of the cell itself: what "
-        "a model scores above it is knowledge of the surroundings. coordinates: nearest training cells on the "
-        "slide, a detector of leaks.",
+        note="cell_type_only knows the type of the cell itself: what a model scores above it is knowledge of "
+        "the surroundings. coordinates: nearest training cells on the slide, a detector of leaks.",
         blind=("noise", "train_mean", "depth_only"),
     ),
     "spatial/imputation": Task(
