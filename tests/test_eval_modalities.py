@@ -79,7 +79,8 @@ def test_matching_orders_oracle_good_weak_noise(matched):
     assert found[0] < 0.01 and sorted(found) == found and found[3] == pytest.approx(0.5, abs=0.06)
     for metric in ("recall_at_1", "recall_at_10", "transfer_f1"):
         chain = [value(matched, m, metric) for m in ("good", "random_init", "noise")]
-        assert chain == sorted(chain, reverse=True)
+        assert chain[0] > chain[1] > chain[2], (metric, chain)
+    assert value(matched, "noise", "transfer_f1") < 0.45 < 0.8 < value(matched, "oracle", "recall_at_1")
     assert value(matched, "cca", "foscttm") < 0.35 < value(matched, "depth_only", "foscttm")
     assert value(matched, "noise", "recall_at_10") == pytest.approx(10 / 50, abs=0.05)
 
@@ -160,6 +161,15 @@ def test_telling_groups_apart_is_not_matching(cells):
     assert value(by_cells, "batch", "foscttm") < 0.3  # what it would have seemed to be
     said = [g.message for g in by_cells.gates() if "split over CELLS" in g.message]
     assert len(said) == 1 and said[0].startswith("Matching of modalities was split over CELLS")
+
+
+def test_candidates_share_a_group_where_folds_hold_several():
+    many = paired(360, n_groups=9)
+    donor = np.eye(9)[many.obs["donor"].str[1:].astype(int)] * 50
+    rng = np.random.default_rng(0)
+    half = tuple(donor + rng.normal(size=donor.shape) for _ in range(2))
+    found = matching(many, "protein", {"batch": half}, group_key="donor", pool=20, n_boot=0)
+    assert value(found, "batch", "foscttm") == pytest.approx(0.5, abs=0.05)
 
 
 def test_matching_by_depth_alone_is_shown_beside_the_model():

@@ -15,6 +15,7 @@ from scjax.eval.imputation import imputation
 from scjax.eval.results import Results
 from scjax.eval.schema import MEAN, TASKS
 from scjax.eval.spatial import spatial
+from scjax.eval.splits import Fold
 
 N_GENES = 24
 
@@ -92,6 +93,7 @@ def test_regions_order_oracle_good_weak_noise(scored, head):
     blind = max(value(scored, m, "macro_f1", head=head) for m in ("noise", "depth_only"))
     assert order[0] > 0.99 and order[0] > order[1] > order[2] > blind, (order, blind)
     assert value(scored, "majority", "macro_f1") < 0.3
+    assert value(scored, "coordinates", "macro_f1") > 0.9  # regions lie alike in every section
 
 
 def test_composition_orders_oracle_good_mean_noise(scored):
@@ -336,7 +338,24 @@ def test_embeddings_are_read_in_the_same_folds_of_one_section(sections):
     # means of folds differ; pooled over folds they would correlate negatively with the truth
     assert value(found, "gene_mean", "feature_pearson") == 0
     assert {r["n_boot"] for r in found.rows} == {0}
+    assert "contiguous block" in found.facts["split_scheme"] and "left out" in found.facts["split_scheme"]
     assert "too few genes" in next(r["note"] for r in found.rows if r["metric"] == "feature_pearson")
+
+
+def test_wide_noise_predicts_nothing_of_cells_that_were_held_out(sections):
+    noisy = sections.copy()
+    noisy.obsm["X_noise"] = np.random.default_rng(0).normal(size=(noisy.n_obs, 300))
+    found = imputation(noisy, genes=HELD_OUT, embeddings=["X_noise"], section_key="section", n_boot=0)
+    assert abs(value(found, "X_noise", "feature_pearson")) < 0.1
+    plan = [Fold(np.arange(10, 30), np.arange(10)), Fold(np.arange(10), np.arange(10, 30))]
+    given = []
+
+    def remember(train: np.ndarray, test: np.ndarray) -> np.ndarray:
+        given.append((set(train), set(test)))
+        return np.zeros((len(test), 2))
+
+    regression.cross_predict(remember, plan, (30, 2))
+    assert len(given) == 2 and not any(train & test for train, test in given)
 
 
 def test_ridge_is_that_of_scikit_learn():

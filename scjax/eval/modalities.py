@@ -54,6 +54,9 @@ def matching(
     modalities, and telling them apart is not matching. With labels, a classifier (15 neighbours) trained on
     the first modality of the training cells also labels the second modality of the held-out ones.
 
+    Mixing of the modalities alone is cheap; to see it, stack both halves and give
+    :func:`scjax.eval.integration` the modality as batch.
+
     Always beside them: ``cca`` (canonical correlation of principal components, fitted on the training cells),
     ``depth_only`` (total counts of each modality), ``noise``, and the oracle.
 
