@@ -42,8 +42,9 @@ def planted(n: int = 360, n_types: int = 4, n_groups: int = 3, seed: int = 0, **
 
 
 def score(results: scjax.eval.Results, metric: str, **fields: str) -> float:
-    """The one value of a metric."""
+    """The one value of a metric; of the main tasks, where no task is named."""
     rows = [r for r in results.rows if r["metric"] == metric and r["label"] == "" and not r["versus"]]
+    rows = [r for r in rows if "task" in fields or "/" not in r["task"]]
     rows = [r for r in rows if all(r[k] == v for k, v in fields.items())]
     assert len(rows) == 1, rows
     return rows[0]["value"]

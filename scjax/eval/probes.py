@@ -112,7 +112,7 @@ def narrow(Z: np.ndarray, train: np.ndarray, seed: int) -> tuple[np.ndarray, str
     if Z.shape[1] <= WIDE or n < 2:
         return Z, ""
     model = PCA(n, svd_solver="randomized", random_state=seed).fit(Z[train])
-    return model.transform(Z), f"; on {n} components of the training fold"
+    return model.transform(Z), f", {n} components"
 
 
 def majority(Z: np.ndarray, cells: Cells, fold: Fold, seed: int) -> Probe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,12 +16,15 @@ from scjax.eval.annotation import annotation
 from scjax.eval.clustering import clustering, umap
 from scjax.eval.compare import conclude
 from scjax.eval.environment import missing, one_thread, provenance
+from scjax.eval.few_shot import few_shot
 from scjax.eval.integration import integration
+from scjax.eval.ontology import Ontology, read_ontology
 from scjax.eval.representations import Representation, controls_of, gather, twin_names
 from scjax.eval.results import Results
 from scjax.eval.schema import TASKS
+from scjax.eval.unseen import unseen
 
-CELL_TASKS = ("annotation", "clustering", "integration")
+CELL_TASKS = ("annotation", "annotation/few-shot", "annotation/unseen", "clustering", "integration")
 
 
 @one_thread
@@ -41,6 +45,7 @@ def run(
     seed: int = 0,
     dataset: str = "",
     pretrain_overlap: str = "unknown",
+    ontology: Ontology | str | os.PathLike[str] | None = None,
     kbet: bool = False,
     maps: bool = True,
     progress: bool = False,
@@ -56,7 +61,8 @@ def run(
     Args:
         adata: cells with embeddings in obsm and labels in obs.
         embeddings: obsm keys to evaluate.
-        tasks: of "annotation", "clustering", "integration"; None: all that the keys given allow.
+        tasks: of "annotation", "annotation/few-shot", "annotation/unseen", "clustering", "integration";
+            None: all that the keys and labels given allow.
         label_key: obs column with the labels. Missing values and words such as "unknown" count as no label.
         batch_key: obs column with the batches to be integrated.
         group_key: obs column with the unit to generalise to (donor, study): annotation never trains and
@@ -72,6 +78,8 @@ def run(
         n_boot: bootstrap resamples; with 0 there are neither intervals nor paired differences.
         dataset: what the data are to be called.
         pretrain_overlap: whether pretraining saw these cells: "none", "cell", "study" or "unknown".
+        ontology: an OBO file or a table of pairs child, parent, to tell near misses of annotation from gross
+            ones (see :func:`scjax.eval.annotation`).
         kbet: also kBET (slow; needs scib-metrics).
         maps: also UMAP coordinates for the report.
         progress: show what is being computed.
@@ -81,6 +89,7 @@ def run(
             a plausible but meaningless number. Both before anything is computed.
     """
     started = time.perf_counter()
+    all_tasks = tasks is None
     tasks = _tasks(tasks, batch_key)
     embeddings = [embeddings] if isinstance(embeddings, str) else list(embeddings)
     twins, _ = controls_of(embeddings, controls or {})
@@ -88,6 +97,8 @@ def run(
     groups = None if group_key is None else checks.column(adata.obs, group_key, "group")
     batch = None if batch_key is None else checks.column(adata.obs, batch_key, "batch")
     cells = checks.select(labels, groups, batch, min_class_size)
+    if all_tasks and len(cells.label_names) < 3:
+        tasks.remove("annotation/unseen")  # one label held out would leave nothing to tell apart
     if "integration" in tasks:
         checks.require_shared_labels(cells)
     n_labelled = len(cells)
@@ -96,6 +107,7 @@ def run(
     representations = gather(adata, cells.rows, embeddings, controls, counts, seed)
     representations += _controls(cells, representations[0], tasks, seed)
 
+    tree = None if ontology is None else read_ontology(ontology)
     shared: dict[str, Any] = {"min_class_size": min_class_size, "seed": seed, "n_boot": n_boot}
     names = np.array(cells.label_names)[cells.label]
     group_of = None if cells.group is None else np.array(cells.group_names)[cells.group]
@@ -114,7 +126,9 @@ def run(
             raise ValueError(r.absent)
         if task == "annotation":
             heads = {"heads": r.heads} if r.heads else {}
-            return annotation(r.features, names, group_of, **heads, **about)
+            return annotation(r.features, names, group_of, ontology=tree, **heads, **about)
+        if task in ("annotation/few-shot", "annotation/unseen"):
+            return (few_shot if task.endswith("few-shot") else unseen)(r.features, names, group_of, **about)
         if task == "clustering":
             return clustering(features(r), names, max_cells=graph_cells, **about)
         pca = next((p for p in representations if p.name == "pca" and not p.absent), None)

@@ -60,9 +60,10 @@ def centred(score: np.ndarray) -> np.ndarray:
 
     A resample holds cells several times over, and copies agree with each other: agreement of clusterings and
     shares of variance come out higher in resamples than in the data, by as much as the width of their
-    intervals.
+    intervals. So does the precision of a ranking, where copies of a hit follow one another.
     """
-    return np.concatenate([score[:1], score[1:] - score[1:].mean() + score[0]]) if len(score) > 1 else score
+    known = score[1:][np.isfinite(score[1:])]
+    return np.append(score[:1], score[1:] - known.mean() + score[0]) if len(known) else score
 
 
 def tally(codes: np.ndarray, n_codes: int, weights: np.ndarray) -> np.ndarray:
@@ -90,10 +91,10 @@ def classification(
     recall = np.where(supported, hits / np.maximum(support, 1), np.nan)
     total = support.sum(1)
     return {
-        "macro_f1": _row_mean(f1),
-        "balanced_accuracy": _row_mean(recall),
+        "macro_f1": row_mean(f1),
+        "balanced_accuracy": row_mean(recall),
         "accuracy": hits.sum(1) / total,
-        "macro_f1_seen": _row_mean(np.where(seen, f1, np.nan)),
+        "macro_f1_seen": row_mean(np.where(seen, f1, np.nan)),
         "out_of_set_rate": (guessed * ~supported).sum(1) / total,
     }
 
@@ -138,7 +139,7 @@ def mean_over_labels(values: np.ndarray, label: np.ndarray, weights: np.ndarray)
         for i in np.unique(label)
         if np.isfinite(values[label == i]).any()
     ]
-    return _row_mean(np.stack(parts, 1)) if parts else np.full(len(weights), np.nan)
+    return row_mean(np.stack(parts, 1)) if parts else np.full(len(weights), np.nan)
 
 
 def median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -155,7 +156,7 @@ def ranking(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> dic
     ties count half in the one and share a threshold in the other, so their order is of no account) and the
     false positive rate at the threshold that finds 95 % of the positives.
 
-    NaN where a resample lacks positives or negatives.
+    NaN where a resample lacks positives or negatives; resamples are centred on the value.
 
     Args:
         score: [n], higher for positives. positive: bool[n]. weights: [1 + n_boot, n].
@@ -176,7 +177,7 @@ def ranking(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> dic
         fpr95 = misses[np.arange(len(at)), at] / negatives
     undefined = (positives == 0) | (negatives == 0)
     found = {"auroc": auroc, "average_precision": average, "fpr95": fpr95}
-    return {name: np.where(undefined, np.nan, value) for name, value in found.items()}
+    return {name: centred(np.where(undefined, np.nan, value)) for name, value in found.items()}
 
 
 def over_groups(scores: Sequence[np.ndarray], n_boot: int, seed: int, name: str) -> tuple[np.ndarray, str]:
@@ -228,7 +229,7 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, n_bins: int =
     return float(np.abs(bins["confidence"] - bins["accuracy"]) @ bins["n"] / len(confidence))
 
 
-def _row_mean(values: np.ndarray) -> np.ndarray:
+def row_mean(values: np.ndarray) -> np.ndarray:
     """Mean of each row without its NaN; NaN where nothing is left."""
     known = ~np.isnan(values)
     n = known.sum(1)
