@@ -20,6 +20,7 @@ from scjax.eval.integration import integration
 from scjax.eval.invariance import invariance
 from scjax.eval.masked import masked_error
 from scjax.eval.modalities import matching, modality_prediction
+from scjax.eval.perturbation import perturbation
 from scjax.eval.results import Results
 from scjax.eval.runner import run
 from scjax.eval.spatial import spatial
@@ -41,6 +42,7 @@ __all__ = [
     "masked_error",
     "matching",
     "modality_prediction",
+    "perturbation",
     "run",
     "spatial",
 ]
