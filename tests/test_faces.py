@@ -172,6 +172,7 @@ class TestEval:
             "study",
             "--out",
             str(out),
+            "--allow",  # a model of a few steps need not be above every control
         ]
         assert main(command) == 0
         shown = capsys.readouterr().out
@@ -207,6 +208,7 @@ class TestEval:
                 "study",
                 "--out",
                 str(tmp_path / "out"),
+                "--allow",
             ],
             capture_output=True,
             text=True,

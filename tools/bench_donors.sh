@@ -9,5 +9,5 @@ scjax() { "$python" -m scjax.cli.main "$@"; }
 "$python" experiments/pretrain.py --config=configs/quickstart.py --workdir="$run" \
     --config.data.corpus="$run-corpus" --config.data.genes=
 scjax eval "$input" --model "$run" --tasks annotation --label cell_type --group donor --pretrain-overlap cell \
-    --out "$run/eval" --force --title "Across donors: $(basename "$input" .h5ad)"
+    --out "$run/eval" --force --allow --title "Across donors: $(basename "$input" .h5ad)"
 "$python" tools/donor_table.py "$run/eval/results.jsonl"

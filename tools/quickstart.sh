@@ -22,7 +22,7 @@ say 3/4 "Embedding the cells and probing: fit on one study, score on the other"
 "$python" -c "import scjax; scjax.datasets.pbmc().write_h5ad('$data/pbmc.h5ad')"
 scjax eval "$data/pbmc.h5ad" --model "$run" --tasks annotation clustering integration \
     --label cell_type --batch study --group study --pretrain-overlap cell \
-    --out "$run/eval" --force --title "scjax quickstart"
+    --out "$run/eval" --force --allow --title "scjax quickstart"
 cp "$run/eval/report.html" "$run/report.html"
 
 say 4/4 "Done"

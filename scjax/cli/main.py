@@ -7,37 +7,29 @@ commands so that ``scjax eval`` on an embedding somebody else made starts withou
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
 
 from scjax import __version__
-
-out, err = Console(), Console(stderr=True)
+from scjax.cli import evaluation
+from scjax.cli.shared import add_reading, err, escape, out, read, refuse_existing, write_whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status (0, 1 problems found, 2 bad input)."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(evaluation.join(sys.argv[1:] if argv is None else argv))
     try:
         return args.run(args) or 0
     except (ValueError, KeyError, OSError, ImportError) as error:
         if args.debug:
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        err.print(f"[bold red]error:[/] {_escape(str(message))}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         err.print("interrupted")
         return 130
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 # ------------------------------------------------------------------ corpus
@@ -77,7 +69,7 @@ def corpus_verify(args: argparse.Namespace) -> int:
     corpus = Corpus.open(args.corpus)
     problems = corpus.verify(progress=True)
     for problem in problems:
-        err.print(f"[red]{_escape(str(problem))}", soft_wrap=True)
+        err.print(f"[red]{escape(str(problem))}", soft_wrap=True)
     out.print(
         f"{len(corpus):,} cells in {len(corpus.parts)} parts: "
         + (f"{len(problems)} problems" if problems else "whole and consistent")
@@ -89,11 +81,11 @@ def corpus_statistics(args: argparse.Namespace) -> int:
     from scjax.corpus import Corpus
 
     if args.out:
-        _refuse_existing(args.out, args.force)
+        refuse_existing(args.out, args.force)
     corpus = Corpus.open(args.corpus)
     found = corpus.statistics()
     if args.out:
-        _write_whole(lambda path: found.frame(corpus).to_csv(path, sep="\t"), args.out)
+        write_whole(lambda path: found.frame(corpus).to_csv(path, sep="\t"), args.out)
     out.print(found.table(corpus))
     return 0
 
@@ -101,9 +93,9 @@ def corpus_statistics(args: argparse.Namespace) -> int:
 def corpus_genes(args: argparse.Namespace) -> int:
     from scjax.corpus import Corpus, variable_genes
 
-    _refuse_existing(args.out, args.force)
+    refuse_existing(args.out, args.force)
     genes = variable_genes(Corpus.open(args.corpus), args.top)
-    _write_whole(genes.to_tsv, args.out)
+    write_whole(genes.to_tsv, args.out)
     out.print(f"{len(genes):,} variable genes in {args.out}; for a run: --config.data.genes={args.out}")
     return 0
 
@@ -111,35 +103,20 @@ def corpus_genes(args: argparse.Namespace) -> int:
 def corpus_hashes(args: argparse.Namespace) -> int:
     from scjax.corpus import Corpus, write_hashes
 
-    _refuse_existing(args.out, args.force)
+    refuse_existing(args.out, args.force)
     corpus = Corpus.open(args.corpus)
     counted: list[int] = []
-    _write_whole(lambda path: counted.append(write_hashes(corpus, path)), args.out)
+    write_whole(lambda path: counted.append(write_hashes(corpus, path)), args.out)
     out.print(f"hashes of {counted[0]:,} training cells in {args.out}")
     return 0
-
-
-def _read(path: str) -> Any:
-    """An AnnData; errors name the file."""
-    import anndata
-    import h5py
-
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    if not h5py.is_hdf5(path):
-        raise ValueError(f"{path}: not an HDF5 file; an .h5ad file is needed")
-    try:
-        return anndata.read_h5ad(path)
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged, truncated or not an AnnData file ({error})") from error
 
 
 # ------------------------------------------------------- embeddings and scores
 def embed(args: argparse.Namespace) -> int:
     from scjax import api
 
-    _refuse_existing(args.out, args.force)
-    adata = _read(args.input)
+    refuse_existing(args.out, args.force)
+    adata = read(args.input)
     model = api.load(args.model)
     api.embed(
         adata,
@@ -149,85 +126,11 @@ def embed(args: argparse.Namespace) -> int:
         layer=args.layer,
         progress=True,
     )
-    _write_whole(adata.write_h5ad, args.out)
+    write_whole(adata.write_h5ad, args.out)
     out.print(
         f"{adata.n_obs:,} cells embedded in {adata.obsm[args.key].shape[1]} dimensions: "
         f'obsm\\["{args.key}"] of {args.out}'
     )
-    return 0
-
-
-def evaluate(args: argparse.Namespace) -> int:
-    import scjax.eval
-    from scjax.eval import checks
-
-    directory = Path(args.out)
-    if directory.exists() and any(directory.iterdir()) and not args.force:
-        raise ValueError(f"{directory} is not empty; name another --out or add --force to write into it")
-    adata = _read(args.input)
-    # what is wrong with the call is said before hours of embedding, not after
-    for key, role in ((args.label, "label"), (args.batch, "batch"), (args.group, "group")):
-        if key is not None:
-            checks.column(adata.obs, key, role)
-    embeddings: list[str] = list(args.obsm or ())
-    for key in embeddings:
-        if key not in adata.obsm:
-            raise KeyError(f"{args.input} has no obsm key {key!r}; there are {sorted(adata.obsm)}")
-    controls: dict[str, dict[str, str]] = {}
-    facts: dict[str, Any] = {"input": str(args.input)}
-    curves = None
-    if args.model:
-        from scjax import api
-
-        model = api.load(args.model)
-        api.embed(
-            adata,
-            model,
-            key_added="X_scjax",
-            batch_size=args.batch_size,
-            layer=args.layer,
-            progress=True,
-        )
-        api.embed(
-            adata,
-            model.random_twin(),
-            key_added="X_scjax_random_init",
-            batch_size=args.batch_size,
-            layer=args.layer,
-            progress=True,
-        )
-        embeddings.insert(0, "X_scjax")
-        controls["random_init"] = {"X_scjax": "X_scjax_random_init"}
-        facts |= {
-            "model": str(args.model),
-            "step": model.step,
-            "parameters": model.n_parameters,
-            **{f"genes: {k}": v for k, v in adata.uns["scjax"]["X_scjax"]["genes"].items()},
-        }
-        curves = model.metrics()
-    if not embeddings:
-        raise ValueError(
-            "nothing to score: give --model RUN, --obsm KEY, or both; "
-            f"obsm of {args.input} holds {sorted(adata.obsm)}"
-        )
-    results = scjax.eval.run(
-        adata,
-        embeddings=embeddings,
-        tasks=args.tasks,
-        label_key=args.label,
-        batch_key=args.batch,
-        group_key=args.group,
-        controls=controls,
-        counts=args.layer,
-        seed=args.seed,
-        pretrain_overlap=args.pretrain_overlap,
-        progress=True,
-    )
-    directory.mkdir(parents=True, exist_ok=True)
-    results.to_jsonl(directory / "results.jsonl")
-    out.print(results.brief())
-    results.report(directory / "report.html", title=args.title, curves=curves, facts=facts)
-    out.print(f"report: {directory / 'report.html'}")
     return 0
 
 
@@ -254,22 +157,6 @@ def export(args: argparse.Namespace) -> int:
     written = ", ".join(sorted(p.name for p in Path(args.out).iterdir()))
     out.print(f"{args.out}: {written}", highlight=False, markup=False)
     return 0
-
-
-def _refuse_existing(path: str, force: bool) -> None:
-    if os.path.exists(path) and not force:
-        raise ValueError(f"{path} exists; name another --out or add --force to replace it")
-
-
-def _write_whole(write: Any, path: str) -> None:
-    """Writes to a neighbour and renames, so that ``path`` is the whole file or is not there."""
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------- configs
@@ -362,34 +249,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", required=True, metavar="RUN", help="run directory")
     command.add_argument("--out", required=True, metavar="OUT.h5ad")
     command.add_argument("--key", default="X_scjax", help="name in obsm (default: X_scjax)")
-    _add_reading(command)
+    add_reading(command)
 
-    command = commands.add_parser("eval", help="score embeddings beside the controls; write a report")
-    command.set_defaults(run=evaluate)
-    command.add_argument("input", metavar="IN.h5ad")
-    command.add_argument("--model", metavar="RUN", help="run directory; its random twin is scored beside it")
-    command.add_argument("--obsm", nargs="+", metavar="KEY", help="embeddings already in the file, anybody's")
-    command.add_argument(
-        "--tasks",
-        nargs="+",
-        default=["annotation", "clustering"],
-        choices=("annotation", "clustering", "integration"),
-    )
-    command.add_argument("--label", required=True, metavar="COLUMN", help="obs column to predict")
-    command.add_argument("--batch", metavar="COLUMN", help="obs column of batches (integration)")
-    command.add_argument(
-        "--group", metavar="COLUMN", help="obs column that splits never cut through (donor, study)"
-    )
-    command.add_argument(
-        "--pretrain-overlap",
-        default="unknown",
-        choices=("none", "study", "cell", "unknown"),
-        help="what the models saw of these cells in pretraining; noted in every result",
-    )
-    command.add_argument("--out", required=True, metavar="DIR")
-    command.add_argument("--title", default=None)
-    command.add_argument("--seed", type=int, default=0)
-    _add_reading(command)
+    evaluation.add_commands(commands)
 
     command = commands.add_parser("import", help="a published checkpoint to a run directory")
     command.set_defaults(run=import_)
@@ -425,12 +287,6 @@ def _parser() -> argparse.ArgumentParser:
         "--genes", type=int, metavar="N", help="size of the vocabulary (default: the config's corpus)"
     )
     return parser
-
-
-def _add_reading(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--layer", metavar="NAME", help="layer with the raw counts (default: X)")
-    command.add_argument("--batch-size", type=int, default=64)
-    command.add_argument("--force", action="store_true", help="replace what is there")
 
 
 if __name__ == "__main__":

@@ -242,34 +242,30 @@ def to_markdown(board: pd.DataFrame, title: str = "Leaderboard") -> str:
         name = tables.heading(task, track) + (f", {dataset}" if dataset else "")
         sign = " (lower is better)" if of["direction"].iloc[0] == "min" else ""
         head = ["rank", "model", f"{of['metric'].iloc[0]}{sign}", "minus best baseline", "p", "overlap", ""]
-        out += [f"## {escape(name)}", "", *grid([escape(h) for h in head], [_line(r) for r in _records(of)])]
+        out += [f"## {escape(name)}", "", *grid([*map(escape, head)], [[*map(escape, r)] for r in lines(of)])]
     return "\n".join(out)
 
 
-def _records(of: pd.DataFrame) -> list[dict[str, Any]]:
-    return of.astype(object).where(of.notna(), None).to_dict("records")
+def lines(of: pd.DataFrame) -> list[list[str]]:
+    """The entries of one table as text: rank, model, score, difference, p, overlap, problems."""
+    return [_line(r) for r in of.astype(object).where(of.notna(), None).to_dict("records")]
 
 
 def _line(r: Mapping[str, Any]) -> list[str]:
-    """A line of the Markdown and terminal tables."""
-    from scjax.eval.markdown import escape
-
-    score = {**r, "status": "ok"}
     gap = {
         "value": r["difference"],
         "ci_low": r["difference_low"],
         "ci_high": r["difference_high"],
         "status": "ok",
     }
-    mark = "**" if r["kind"] == "model" else ""
     return [
         "" if r["rank"] is None else str(int(r["rank"])),
-        f"{mark}{escape(r['model'])}{mark}" + ("" if r["kind"] == "model" else f" ({r['kind']})"),
-        escape(tables.number(score)),
-        "" if r["difference"] is None else escape(f"{tables.number(gap, signed=True)} ({r['versus']})"),
+        r["model"] if r["kind"] == "model" else f"{r['model']} ({r['kind']})",
+        tables.number({**r, "status": "ok"}),
+        "" if r["difference"] is None else f"{tables.number(gap, signed=True)} ({r['versus']})",
         "" if r["p_holm"] is None else f"{r['p_holm']:.2g}",
         r["pretrain_overlap"],
-        escape(r["problems"]),
+        r["problems"],
     ]
 
 
