@@ -61,7 +61,9 @@ def perturbation(
         real: cells with raw counts, perturbed and control.
         predictions: by model, predicted cells as AnnData with the same obs columns, or mean profiles as a
             DataFrame [condition × gene] whose index holds the perturbation (levels: perturbation, dose,
-            context, as far as their keys are given). May be empty: then the gene embeddings are the models.
+            context, as far as their keys are given). Rows of the control are what the model starts from: its
+            effects are differences from them, or from our control cells where there are none. May be empty:
+            then the gene embeddings are the models.
         perturbation_key, control: obs column, and the value of unperturbed cells in it. Genes of a
             combination are joined by "+".
         context_key: obs column of the cell line, cell type or donor; effects are within contexts.
@@ -213,7 +215,7 @@ class _Given:
         self.whole = bool(values.size and (values == np.rint(values)).all() and values.max() > 1)
         self.rows: dict[Condition, list[int]] = {}
         for i, c in enumerate(keys.conditions(obs)):
-            if c is not None and c.perturbation != keys.control:
+            if c is not None:
                 self.rows.setdefault(c, []).append(i)
 
     def predictor(self, kind: str, data: Study) -> Predictor:
@@ -232,9 +234,11 @@ class _Given:
 
         mean = {c: cells(c).mean(0) for c in data.test}
         self._check_scale(mean, data)
-        effect = {c: mean[c] - data.base(c.context) for c in data.test}
+        control = {k: Condition(data.keys.control, "", k) for k in data.control}
+        start = {k: cells(c).mean(0) for k, c in control.items() if c in self.rows}
+        effect = {c: mean[c] - start.get(c.context, data.base(c.context)) for c in data.test}
         single = min(len(self.rows[c]) for c in data.test) < 3
-        return Predictor(kind, effect, None if single else cells)
+        return Predictor(kind, effect, None if single else cells, start)
 
     def _check_scale(self, mean: Mapping[Condition, np.ndarray], data: Study) -> None:
         """Refuse profiles that cannot be log1p of counts per ten thousand of such cells.

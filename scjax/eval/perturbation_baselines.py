@@ -27,11 +27,16 @@ Effects = dict[Condition, np.ndarray]
 
 @dataclass
 class Predictor:
-    """Predicted effects by condition (those it can answer), and single cells where there are any."""
+    """Predicted effects by condition (those it can answer), and single cells where there are any.
+
+    ``start``: by context, the control profile that effects are differences from, where it is not that of the
+    study's control cells.
+    """
 
     kind: str
     effect: Effects = field(default_factory=dict)
     cells: Callable[[Condition], np.ndarray] | None = None
+    start: dict[str, np.ndarray] = field(default_factory=dict)
     note: str = ""
 
 

@@ -77,15 +77,15 @@ class _Track:
 
     def profiles(
         self,
-        effects: Sequence[Mapping[Condition, np.ndarray]],
+        predictors: Sequence[Predictor],
         truth: Mapping[Condition, np.ndarray],
         control: Mapping[str, np.ndarray],
         full: bool = False,
     ) -> dict[str, np.ndarray]:
-        """Scores [B, conditions, predictors] of effects against true mean profiles [B, genes] and control
+        """Scores [B, conditions, predictors] against true mean profiles [B, genes] and control
         means [B, genes]; ``full``: also the measures that are not resampled over cells.
         """
-        shape = (len(next(iter(truth.values()))), len(self.conditions), len(effects))
+        shape = (len(next(iter(truth.values()))), len(self.conditions), len(predictors))
         out = {m: np.full(shape, np.nan) for m in FAST}
         if full:
             extra = (
@@ -93,14 +93,14 @@ class _Track:
             )  # fmt: skip
             out |= {m: np.full(shape, np.nan) for m in extra}
         for i, c in enumerate(self.conditions):
-            M = np.stack([e[c] for e in effects])
+            M = np.stack([p.effect[c] for p in predictors])
             t, base, top, O = truth[c], self.base[c.context], self.expressed[c.context], self.reference[i]
             delta = t - control[c.context]
-            absolute = M + base
+            absolute = M + np.stack([p.start.get(c.context, base) for p in predictors])
             out["pearson_delta"][:, i] = measure.pearson(delta, M)
             out["rmse"][:, i] = measure.rmse(t[:, top], absolute[:, top])
             if O is not None:
-                out["pearson_systema"][:, i] = measure.pearson(t - O, absolute - O)
+                out["pearson_systema"][:, i] = measure.pearson(t - O, M + base - O)
             keep = np.setdiff1d(np.arange(len(self.data.genes)), self.data.targets(c))
             among = self.candidates[i]
             if len(among) > 1:
@@ -138,10 +138,11 @@ class _Track:
     def half_truth(self, half: int) -> dict[Condition, np.ndarray]:
         return {c: self.data.mean(self.halves[c][half])[None] for c in self.needed}
 
-    def over_cells(
-        self, effects: Sequence[Mapping[Condition, np.ndarray]], n_boot: int
-    ) -> dict[str, np.ndarray]:
-        """The fast scores [1 + n_boot, conditions, predictors] with the real cells resampled."""
+    def over_cells(self, predictors: Sequence[Predictor], n_boot: int) -> dict[str, np.ndarray]:
+        """The fast scores [1 + n_boot, conditions, predictors] with the real cells resampled.
+
+        Resampling adds noise to the truth and so lowers every score; callers centre them.
+        """
         sides: dict[Any, np.ndarray] = {c: self.data.rows[c] for c in self.needed}
         sides |= {k: self.data.control[k][0] for k in self.control}
         cells = {s: self.data.cells(r) for s, r in sides.items()}
@@ -156,7 +157,7 @@ class _Track:
                 for s, x in cells.items()
             }
             truth = {c: mean[c] for c in self.needed}
-            parts.append(self.profiles(effects, truth, {k: mean[k] for k in self.control}))
+            parts.append(self.profiles(predictors, truth, {k: mean[k] for k in self.control}))
         return {m: np.concatenate([p[m] for p in parts]) for m in FAST}
 
     def expression(self, predictors: Mapping[str, Predictor]) -> dict[str, np.ndarray]:
@@ -244,13 +245,14 @@ def score(
     known = {n: p for n, p in answers.items() if all(c in p.effect for c in conditions)}
     if (shuffled := _shuffled(track)) is not None:
         known["shuffled"] = shuffled
-    names, effects = list(known), [p.effect for p in known.values()]
-    whole = {m: v[0] for m, v in track.profiles(effects, *track.full_truth(), full=True).items()}
+    names, every = list(known), list(known.values())
+    whole = {m: v[0] for m, v in track.profiles(every, *track.full_truth(), full=True).items()}
     control = {k: v[None] for k, v in track.control.items()}
     halves = []
     for i in (0, 1):
         other = {c: data.mean(track.halves[c][1 - i]) - track.base[c.context] for c in conditions}
-        halves.append(track.profiles([*effects, other], track.half_truth(i), control, full=True))
+        sides = [*every, Predictor("oracle", other)]
+        halves.append(track.profiles(sides, track.half_truth(i), control, full=True))
     half = {m: (halves[0][m][0] + halves[1][m][0]) / 2 for m in halves[0]}
     table = {m: np.concatenate([whole[m], half[m][:, -1:]], 1) for m in whole}
     table |= track.expression(known) | track.distribution(known)
@@ -259,7 +261,7 @@ def score(
     notes = [*(p.note for p in known.values()), "half of the cells against the other half"]
     few = len(conditions) < stats.FEW_GROUPS
     weights = stats.resample(len(conditions), 0 if few else n_boot, seed, f"perturbation/{name}")
-    sampled = track.over_cells(effects, n_boot) if few and n_boot else {}
+    sampled = track.over_cells(every, n_boot) if few and n_boot else {}
     method = f"percentile bootstrap over {'real cells' if few else 'held-out conditions'}" + (
         f" (fewer than {stats.FEW_GROUPS} held-out conditions)" if few else ""
     )
@@ -277,7 +279,7 @@ def score(
                 continue  # this track cannot have the measure, or this prediction has no cells
             value = stats.mean(values[:, k], weights)
             if metric in sampled and k < len(known):
-                value = np.nanmean(sampled[metric][:, :, k], axis=1)
+                value = stats.centred(np.nanmean(sampled[metric][:, :, k], axis=1))
             absent = f"undefined for {int((~defined).sum())} of {len(defined)} conditions"
             note = "; ".join(filter(None, [notes[k], "" if defined.all() else absent]))
             out.add(value, **row, metric=metric, axis=AXIS[metric], note=note)
