@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
 import sys
 
@@ -13,42 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import sklearn.metrics
+from planted import planted, score
 from synthetic import synthetic_adata
 
 import scjax.eval
-from scjax.eval import environment, stats
-from scjax.eval.baselines import Expression, find_counts
+from scjax.eval import stats
 from scjax.eval.checks import stratified
 from scjax.eval.schema import MEAN
-
-QUALITY = {"oracle": 0.05, "good": 0.9, "weak": 3.0}  # spread of cells around the centre of their type
-
-
-def planted(n: int = 360, n_types: int = 4, n_groups: int = 3, seed: int = 0, **also: float):
-    """Labels, groups, batches, and embeddings of falling quality; ``noise`` knows nothing."""
-    rng = np.random.default_rng(seed)
-    label, group, batch = (
-        rng.integers(n_types, size=n),
-        rng.integers(n_groups, size=n),
-        rng.integers(2, size=n),
-    )
-    centre = np.eye(n_types, 12) * 3
-    X = {name: centre[label] + spread * rng.normal(size=(n, 12)) for name, spread in (QUALITY | also).items()}
-    X["noise"] = rng.normal(size=(n, 12))
-    names = [
-        np.array([f"{kind}{i}" for i in codes]) for kind, codes in (("t", label), ("g", group), ("b", batch))
-    ]
-    return X, *names
-
-
-def score(results: scjax.eval.Results, metric: str, **fields: str) -> float:
-    """The one value of a metric; of the main tasks, where no task is named."""
-    rows = [r for r in results.rows if r["metric"] == metric and r["label"] == "" and not r["versus"]]
-    rows = [r for r in rows if "task" in fields or "/" not in r["task"]]
-    rows = [r for r in rows if all(r[k] == v for k, v in fields.items())]
-    assert len(rows) == 1, rows
-    return rows[0]["value"]
-
 
 # -------------------------------------------------------------------------------- imports
 
@@ -91,182 +61,6 @@ def test_without_the_extra_packages_scores_are_there_and_gaps_are_named(without_
     assert not list(tmp_path.iterdir())
 
 
-# -------------------------------------------------------------------------------- planted truth
-
-
-def test_annotation_orders_embeddings_by_their_quality():
-    X, label, group, _ = planted()
-    for head in ("logistic", "knn"):
-        f1 = {
-            name: score(scjax.eval.annotation(x, label, group, n_boot=0), "macro_f1", head=head, group=MEAN)
-            for name, x in X.items()
-        }
-        assert f1["oracle"] == 1 and f1["oracle"] > f1["good"] > f1["weak"] > f1["noise"] + 0.05, f1
-        assert f1["noise"] < 0.4
-
-
-def test_clustering_orders_embeddings_by_their_quality():
-    X, label, *_ = planted()
-    nmi = {name: scjax.eval.clustering(x, label, n_boot=0) for name, x in X.items()}
-    for head, setting in (("leiden", "resolution 1.0"), ("leiden", "sweep mean"), ("kmeans", "")):
-        value = {name: score(r, "nmi", head=head, setting=setting) for name, r in nmi.items()}
-        assert value["oracle"] > value["good"] > value["weak"] > value["noise"], (head, setting, value)
-    best = score(nmi["good"], "nmi", setting="best NMI (oracle)")
-    assert best >= score(nmi["good"], "nmi", setting="resolution 1.0")
-
-
-def test_integration_keeps_biology_and_mixing_apart():
-    X, label, _, batch = planted()
-    shift = np.where(batch == "b0", 4.0, 0.0)[:, None]
-    pre = X["good"] + shift * np.eye(1, 12, 11)
-    found = {
-        name: scjax.eval.integration(x, label, batch, pre=pre, n_boot=0)
-        for name, x in {**X, "pre": pre}.items()
-    }
-    bio, mixing = ({n: score(r, axis) for n, r in found.items()} for axis in ("bio", "batch"))
-    assert bio["oracle"] > bio["good"] > bio["weak"] > bio["noise"]
-    assert mixing["noise"] > 0.7 > mixing["pre"]  # noise mixes perfectly: why the axes are never summed
-    assert mixing["good"] > mixing["pre"] + 0.2
-    assert score(found["good"], "pcr") > 0.9 and score(found["pre"], "pcr") == 0
-    per_label = [r for r in found["good"].rows if r["metric"] == "cilisi" and r["label"]]
-    assert {r["label"] for r in per_label} == {"t0", "t1", "t2", "t3"}
-    assert score(found["good"], "cilisi") == pytest.approx(np.mean([r["value"] for r in per_label]))
-
-
-def test_without_a_batch_effect_its_removal_is_undefined():
-    X, label, *_ = planted()
-    batch = np.array(["b0", "b1"])[pd.Series(label).groupby(label).cumcount() % 2]
-    found = scjax.eval.integration(X["good"], label, batch, pre=X["oracle"], n_boot=0)
-    pcr = next(r for r in found.rows if r["metric"] == "pcr")
-    assert pcr["status"] == "nan" and pcr["value"] is None and "before integration" in pcr["note"]
-    assert "pcr" not in next(r for r in found.rows if r["metric"] == "batch")["note"]
-
-
-def test_integration_measures_equal_scib_metrics():
-    scib = pytest.importorskip("scib_metrics")
-    from scib_metrics.nearest_neighbors import NeighborsResults
-
-    from scjax.eval.integration import _neighbours
-
-    X, label, _, batch = planted(150, n_types=3, seed=3)
-    batch = np.where((label == "t0") & (batch == "b1"), "b2", batch)  # labels that lack a batch
-    after = (X["good"] + np.where(batch == "b0", 0.8, 0)[:, None]).astype(np.float32)
-    before = (X["good"] + np.where(batch == "b0", 3, 0)[:, None]).astype(np.float32)
-    found = scjax.eval.integration(after, label, batch, pre=before, n_boot=0)
-    distances, indices = _neighbours(after, 90)
-    near = NeighborsResults(indices=indices, distances=distances)
-    y, b = pd.Categorical(label).codes, pd.Categorical(batch).codes
-    expected = {
-        "silhouette_label": scib.silhouette_label(after, y),
-        "clisi": scib.clisi_knn(near, y),
-        "bras": scib.bras(after, y, b),
-        "ilisi": scib.ilisi_knn(near, b),
-        "graph_connectivity": scib.graph_connectivity(near.subset_neighbors(15), y),
-        "pcr": scib.pcr_comparison(before, after, b, categorical=True),
-    }
-    for metric, value in expected.items():
-        assert score(found, metric) == pytest.approx(float(value), abs=1e-5), metric
-
-
-@pytest.mark.slow
-def test_kbet_is_there_when_asked_for():
-    X, label, _, batch = planted(120, n_types=2)
-    mixed = scjax.eval.integration(X["good"], label, batch, n_boot=0, kbet=True)
-    apart = X["good"] + np.where(batch == "b0", 9, 0)[:, None]
-    assert (
-        score(mixed, "kbet")
-        > 0.5
-        > score(scjax.eval.integration(apart, label, batch, n_boot=0, kbet=True), "kbet")
-    )
-
-
-def test_importing_scib_metrics_leaves_the_environment_as_it_was(monkeypatch):
-    pytest.importorskip("scib_metrics")
-    for before in (None, "true"):
-        for name in [m for m in sys.modules if m.startswith("scib_metrics")]:
-            monkeypatch.delitem(sys.modules, name)
-        monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
-        if before is not None:
-            monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", before)
-        assert environment.missing("scib_metrics") == ""
-        assert os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") == before
-
-
-# -------------------------------------------------------------------------------- groups
-
-
-def test_a_label_without_signal_scores_high_over_cells_and_near_chance_over_donors():
-    donor = np.repeat(np.arange(12), 30)
-    disease = np.array(["case", "control"])[donor % 2]  # a property of the donor, with no effect on any cell
-    over_cells, over_donors = [], []
-    for seed in range(4):
-        rng = np.random.default_rng(seed)
-        X = rng.normal(size=(12, 10))[donor] * 1.5 + rng.normal(size=(360, 10))
-        cells = scjax.eval.annotation(X, disease, n_boot=0)
-        donors = scjax.eval.annotation(X, disease, donor, n_boot=0)
-        over_cells.append(score(cells, "accuracy", head="knn"))
-        over_donors.append(score(donors, "accuracy", head="knn", group=MEAN))
-        assert "CELLS" in cells.rows[0]["split_scheme"] and "CELLS" not in donors.rows[0]["split_scheme"]
-    assert np.mean(over_cells) > 0.85 and np.mean(over_donors) < 0.65
-
-
-def test_few_groups_are_each_held_out_and_reported_apart():
-    X, label, group, _ = planted(n_groups=2)
-    found = scjax.eval.annotation(X["good"], label, group, n_boot=50)
-    rows = {r["group"]: r for r in found.rows if r["metric"] == "macro_f1" and r["head"] == "knn"}
-    assert set(rows) == {"g0", "g1", MEAN}
-    assert rows[MEAN]["value"] == pytest.approx((rows["g0"]["value"] + rows["g1"]["value"]) / 2)
-    assert rows["g0"]["n_cells"] + rows["g1"]["n_cells"] == 360
-    assert (
-        "cells of the held-out group" in rows["g0"]["ci_method"]
-        and "fewer than 10" in rows[MEAN]["ci_method"]
-    )
-
-
-def test_many_groups_are_resampled_as_groups():
-    X, label, group, _ = planted(n_groups=12)
-    found = scjax.eval.annotation(X["weak"], label, group, heads=("knn",), n_boot=200)
-    mean = next(r for r in found.rows if r["metric"] == "accuracy" and r["group"] == MEAN)
-    assert (
-        mean["ci_method"] == "percentile bootstrap over groups"
-        and "5-fold over groups" in mean["split_scheme"]
-    )
-    per_group = [r["value"] for r in found.rows if r["metric"] == "accuracy" and r["group"] != MEAN]
-    half = 1.96 * np.std(per_group) / np.sqrt(12)
-    assert mean["ci_high"] - mean["ci_low"] == pytest.approx(2 * half, rel=0.35)
-
-
-def test_baselines_are_fitted_on_the_training_groups_alone():
-    adata = synthetic_adata(200)
-    counts, genes = find_counts(adata)
-    train = np.flatnonzero(adata.obs["study"] == "study0")
-    test = np.flatnonzero(adata.obs["study"] == "study1")
-    other = counts.toarray()
-    other[test] = other[test][:, ::-1]  # other cells to predict, same cells to learn from
-    one, two = Expression(counts, genes), Expression(other, genes)
-    for made in ("pca", "hvg", "depth"):
-        np.testing.assert_allclose(
-            getattr(one, made)(train)[train], getattr(two, made)(train)[train], atol=1e-5
-        )
-    asked = []
-
-    def spy(rows: np.ndarray) -> np.ndarray:
-        asked.append(set(rows))
-        return one.pca(rows)
-
-    scjax.eval.annotation(spy, adata.obs["cell_type"], adata.obs["study"], heads=("knn",), n_boot=0)
-    assert sorted(asked, key=len) == sorted([set(train), set(test)], key=len)
-
-
-def test_a_label_absent_from_training_is_reported():
-    X, label, group, _ = planted(n_groups=2)
-    keep = ~((label == "t3") & (group == "g0"))
-    found = scjax.eval.annotation(X["oracle"][keep], label[keep], group[keep], heads=("knn",), n_boot=0)
-    assert found.facts["unseen_labels"] == {"g1": ["t3"]}
-    assert score(found, "macro_f1", group="g1") < 0.8
-    assert score(found, "macro_f1_seen", group="g1") > score(found, "macro_f1", group="g1") + 0.1
-
-
 # -------------------------------------------------------------------------------- scores
 
 
@@ -280,13 +74,6 @@ def test_macro_f1_averages_over_the_classes_of_the_test_cells_only():
     assert expected > 0.9 > sklearn.metrics.f1_score(truth, guess, average="macro")
     assert found["out_of_set_rate"][0] == pytest.approx(10 / 180)
     assert found["balanced_accuracy"][0] == pytest.approx((80 / 90 + 1) / 2)
-
-
-def test_the_majority_class_looks_good_in_accuracy_alone():
-    label = np.repeat(["a", "b", "c"], [900, 90, 10])
-    found = scjax.eval.annotation(None, label, np.tile(["g0", "g1"], 500), heads=("majority",), n_boot=0)
-    assert score(found, "accuracy", group=MEAN) == pytest.approx(0.9)
-    assert score(found, "macro_f1", group=MEAN) == pytest.approx(0.316, abs=0.001)
 
 
 def test_scores_of_tables_equal_scikit_learn_under_any_weights():
@@ -333,13 +120,6 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         low, high = stats.interval(found)
         covered.append(low <= truth <= high)
     assert 0.88 <= np.mean(covered) <= 0.99
-
-
-def test_agreement_intervals_hold_their_value_even_for_noise():
-    X, label, *_ = planted()
-    found = scjax.eval.clustering(X["noise"], label, n_boot=300)
-    rows = [r for r in found.rows if r["metric"] in ("nmi", "ari") and r["ci_low"] is not None]
-    assert rows and all(r["ci_low"] <= r["value"] <= r["ci_high"] for r in rows)
 
 
 def test_resamples_are_the_same_for_all_and_differ_between_groups():
@@ -486,7 +266,8 @@ def test_a_run_holds_every_control_and_says_what_it_is(results):
             "oracle": "oracle",
         },
     }
-    assert (frame["status"] == "ok").all(), frame[frame["status"] != "ok"]
+    gaps = frame[frame["status"] != "ok"]  # every type lies in every batch
+    assert set(gaps["metric"]) <= {"isolated_labels"}, gaps
     headline = {"group": MEAN, "head": "logistic"}
     assert score(results, "macro_f1", model_id="X_good", **headline) > 0.9
     assert score(results, "macro_f1", model_id="pca", **headline) > 0.9
@@ -522,7 +303,7 @@ def test_tables_and_text_show_values_with_intervals(results):
     assert "macro-F1, logistic regression: on study0" in per_group
     shown = per_group.index.get_level_values("representation")
     assert per_group.loc["majority", column].iloc[0] and "collapsed" not in shown
-    with pytest.raises(KeyError, match="grn.*annotation, clustering, integration"):
+    with pytest.raises(KeyError, match="grn.*annotation, .*clustering, integration"):
         results.table("grn")
     text = str(results)
     for part in (
@@ -591,7 +372,7 @@ def test_gates_shout_when_noise_or_the_twin_is_as_good():
         n_boot=50,
     )
     failed = [g.message for g in found.gates() if g.level == "fail"]
-    assert any("Annotation" in m and "is not above" in m for m in failed)
+    assert any("Annotation" in m and "is not better than" in m for m in failed)
     assert any("Annotation" in m and "is not ahead of its random-initialised twin" in m for m in failed)
     assert any("Integration" in m and "is not ahead of its random-initialised twin" in m for m in failed)
     assert "[fail]" in str(found)

@@ -81,6 +81,7 @@ class Expression:
     def __init__(self, counts: Any, genes: list[str], seed: int = 0):
         self.counts = sp.csr_matrix(counts).astype(np.float32)
         self.genes, self.seed = genes, seed
+        self._fitted: dict[bytes, np.ndarray] = {}  # components by training rows: several tasks share folds
         total = np.asarray(self.counts.sum(1), np.float64).ravel()
         scale = np.repeat(1e4 / np.where(total > 0, total, 1), np.diff(self.counts.indptr))
         self.log = self.counts.copy()
@@ -94,10 +95,13 @@ class Expression:
 
     def pca(self, train: np.ndarray) -> np.ndarray:
         """Principal components of ``hvg``, fitted on the ``train`` rows, float32[cells, 50 or fewer]."""
-        log = self.log[:, highly_variable(self.counts[train])]
-        n = min(N_COMPONENTS, len(train) - 1, log.shape[1] - 1)
-        model = PCA(n, svd_solver="arpack", random_state=self.seed).fit(log[train])
-        return np.asarray(model.transform(log), np.float32)
+        rows = np.asarray(train).tobytes()
+        if rows not in self._fitted:
+            log = self.log[:, highly_variable(self.counts[train])]
+            n = min(N_COMPONENTS, len(train) - 1, log.shape[1] - 1)
+            model = PCA(n, svd_solver="arpack", random_state=self.seed).fit(log[train])
+            self._fitted[rows] = np.asarray(model.transform(log), np.float32)
+        return self._fitted[rows]
 
     def depth(self, train: np.ndarray) -> np.ndarray:
         """log total counts, log number of genes and the mitochondrial share (if any), standardised by

@@ -208,3 +208,12 @@ def stratified(strata: np.ndarray, n: int, seed: int) -> np.ndarray:
         quota = max(min(len(members), 10), round(n * len(members) / len(strata)))
         take.append(rng.choice(members, quota, replace=False))
     return np.sort(np.concatenate(take))
+
+
+def samples(strata: np.ndarray, n: int, repeats: int, seed: int) -> list[np.ndarray]:
+    """Positions of all cells where they are at most ``n``, else several stratified samples of about that
+    many.
+    """
+    if len(strata) <= n:
+        return [np.arange(len(strata))]
+    return [stratified(strata, n, seed + 7919 * r) for r in range(max(repeats, 1))]

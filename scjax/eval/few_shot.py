@@ -133,7 +133,8 @@ def _add(
     """Rows of one budget: each group, and their mean."""
 
     def combined(draws: list[np.ndarray]) -> np.ndarray:
-        return stats.over_repeats(draws, n_boot, seed, f"few-shot/{about['setting']}")
+        name = f"few-shot/{about['setting']}"
+        return stats.over_repeats(draws, n_boot, seed, name, same_cells=True)
 
     over = "percentile bootstrap over draws and"
     for metric in METRICS:

@@ -19,9 +19,9 @@ from sklearn.metrics import silhouette_samples
 from sklearn.neighbors import NearestNeighbors
 
 from scjax.eval import stats
-from scjax.eval.checks import matrix, require_shared_labels, select, stratified
+from scjax.eval.checks import matrix, require_aligned, require_shared_labels, samples, select, sharing
 from scjax.eval.environment import missing, one_thread, version
-from scjax.eval.results import Results, row
+from scjax.eval.results import Results
 
 N_LISI, N_GRAPH, N_KBET = 90, 15, 50  # neighbours, the cell itself included
 MIN_CELLS = 10  # per batch and label, for measures within a label
@@ -41,96 +41,161 @@ def integration(
     kbet: bool = False,
     min_class_size: int = 10,
     max_cells: int = 3000,
+    repeats: int = 5,
     seed: int = 0,
     n_boot: int = 1000,
 ) -> Results:
     """Bio conservation and batch mixing of a representation, side by side.
 
-    Bio: silhouette by label, cLISI, k-means NMI and ARI. Batch: BRAS, iLISI, CiLISI (iLISI within each
-    label), graph connectivity and, given ``pre``, the principal-component-regression comparison. All lie in
-    [0, 1] (ARI from −0.5), higher is better. The axes "bio" and "batch" are the plain means of their
-    measures. iLISI of a perfect mixture is below 1.
+    Bio: silhouette by label, that of isolated labels (which lie in the fewest batches; undefined where all
+    lie in equally many), cLISI, k-means NMI and ARI. Batch: BRAS, iLISI, CiLISI (iLISI within each label),
+    graph connectivity and, given ``pre``, the principal-component-regression comparison. All lie in [0, 1]
+    (ARI from −0.5), higher is better. The axes "bio" and "batch" are the plain means of their measures; the
+    lenient silhouette by batch and kBET are given but belong to no axis. iLISI of a perfect mixture is below
+    1; its row says what random batches would score.
 
     Args:
         X: representation [cells, dimensions].
         labels, batch: of each cell; cells without one of them are dropped.
         pre: representation before any integration, such as principal components of all cells.
         kbet: also kBET per label, through scib-metrics (slow).
-        max_cells: at most about this many cells are scored, a stratified sample by label and batch.
-        n_boot: resamples of cells, neighbours kept as they are, behind the 95 % percentile intervals. Graph
-            connectivity has no interval and enters that of its axis as a constant.
+        max_cells: at most about this many cells are scored at once, samples stratified by label and batch.
+        repeats: samples drawn of larger data; scores are their means.
+        n_boot: resamples of cells, neighbours kept as they are, and of the samples, behind the 95 %
+            percentile intervals. Graph connectivity and kBET have no interval within a sample and enter as
+            constants.
 
     Raises:
         ValueError: X, labels or batch cannot be used, or batch and labels are confounded.
     """
+    require_aligned(embedding=X, labels=labels, batch=batch)
     cells = select(labels, batch=batch, min_class_size=min_class_size)
     require_shared_labels(cells)
     assert cells.batch is not None
-    cells = cells.take(stratified(cells.label * len(cells.batch_names) + cells.batch, max_cells, seed))
     features = matrix(X, name, len(labels), zero_rows=kind != "model")[cells.rows]
-    y, b = cells.label, cells.batch
-    assert b is not None
-    weights = stats.resample(len(cells), n_boot, seed, "integration")
-    neighbours = _neighbours(features, max(N_LISI, N_GRAPH))
-    n_labels, n_batches = len(cells.label_names), len(cells.batch_names)
-    within = _cilisi(features, y, b)
-    clusters = KMeans(n_labels, n_init=3, random_state=seed).fit_predict(features)
-    bio = {
-        "silhouette_label": stats.mean((silhouette_samples(features, y) + 1) / 2, weights),
-        "clisi": stats.median((n_labels - _lisi(*neighbours, y)) / (n_labels - 1), weights),
-        **{f"kmeans_{metric}": score for metric, score in stats.agreement(y, clusters, weights).items()},
-    }
-    mixing = {
-        "bras": stats.mean_over_labels(_bras(features, y, b), y, weights),
-        "ilisi": stats.median((_lisi(*neighbours, b) - 1) / (n_batches - 1), weights),
-        "cilisi": stats.mean_over_labels(within, y, weights),
-        "graph_connectivity": np.array([_graph_connectivity(neighbours[1][:, :N_GRAPH], y)]),
-    }
+    before = None
     if pre is not None:
         before = matrix(pre, "pre-integration representation", len(labels), zero_rows=True)[cells.rows]
-        mixing["pcr"] = _pcr(before, features, b, weights)
+    absent = missing("scib_metrics") if kbet else ""
+    drawn = samples(cells.label * len(cells.batch_names) + cells.batch, max_cells, repeats, seed)
+    found: dict[str, list[np.ndarray]] = {}
+    for r, at in enumerate(drawn):
+        scores = _measure(
+            features[at],
+            cells.label[at],
+            cells.batch[at],
+            None if before is None else before[at],
+            stats.resample(len(at), n_boot, seed, "integration" if r == 0 else f"integration/{r}"),
+            seed,
+            kbet and not absent,
+        )
+        for metric, score in scores.items():
+            found.setdefault(metric, []).append(score)
+    merged = {m: stats.over_repeats(s, n_boot, seed, "integration samples") for m, s in found.items()}
 
-    out = Results(facts={"dropped": cells.dropped})
+    out = Results(facts={"dropped": cells.dropped, "integration_samples": len(drawn)})
+    over = f" and over {len(drawn)} samples" if len(drawn) > 1 else ""
     common: dict[str, Any] = {
         "task": "integration",
         "model_id": name,
         "model_kind": kind,
         "embedding_key": embedding_key,
-        "n_cells": len(cells),
+        "n_cells": len(drawn[0]),
+        "n_groups": len(cells.batch_names),
         "metric_impl": f"scjax.eval; scikit-learn=={sklearn.__version__}",
-        "ci_method": "percentile bootstrap over cells, neighbours fixed",
+        "ci_method": f"percentile bootstrap over cells, neighbours fixed,{over}".rstrip(","),
     }
-    for axis, parts in (("bio", bio), ("batch", mixing)):
-        defined = {metric: score for metric, score in parts.items() if np.isfinite(score[0])}
-        note = f"mean of {', '.join(defined)}"
-        out.add(
-            np.mean(np.broadcast_arrays(*defined.values()), 0), **common, axis=axis, metric=axis, note=note
-        )
-        for metric, score in parts.items():
-            out.add(
-                score,
-                **common,
-                axis=axis,
-                metric=metric,
-                note="" if metric in defined else _UNDEFINED[metric],
-            )
-    for i in np.unique(y[np.isfinite(within)]):
-        own = np.where(y == i, within, np.nan)
-        out.add(stats.mean(own, weights), **common, axis="batch", metric="cilisi", label=cells.label_names[i])
-    if kbet:
-        if reason := missing("scib_metrics"):
-            out.rows.append(row(**common, axis="", metric="kbet", status="skipped", note=reason))
-        else:
-            impl = f"scib-metrics=={version('scib_metrics')}"
-            out.add([_kbet(*neighbours, y, b)], **{**common, "metric_impl": impl}, metric="kbet")
+    for axis, metrics in AXES.items():
+        defined = [m for m in metrics if m in merged and np.isfinite(merged[m][0])]
+        score = np.mean(np.broadcast_arrays(*(merged[m] for m in defined)), 0)
+        out.add(score, **common, axis=axis, metric=axis, note=f"mean of {', '.join(defined)}")
+    null = f"a random mixture would score {merged.pop('ilisi of random batches')[0]:.3f}"
+    notes = {"ilisi": null, "silhouette_batch": "lenient: to the nearest other batch; in no axis"}
+    for key, score in merged.items():
+        metric, _, label = key.partition(" of ")
+        note = notes.get(key, "") if np.isfinite(score[0]) else _UNDEFINED[metric]
+        about = {**common, "axis": _AXIS[metric], "metric": metric, "note": note}
+        if metric == "kbet":
+            about["metric_impl"] = f"scib-metrics=={version('scib_metrics')}"
+        out.add(score, **about, label=cells.label_names[int(label)] if label else "")
+    if absent:
+        out.skip(absent, **common, axis="batch", metric="kbet")
     return out
 
 
+AXES = {
+    "bio": ("silhouette_label", "isolated_labels", "clisi", "kmeans_nmi", "kmeans_ari"),
+    "batch": ("bras", "ilisi", "cilisi", "graph_connectivity", "pcr"),
+}
+"""What each axis is the mean of, where it is defined."""
+
+_AXIS = {m: axis for axis, metrics in AXES.items() for m in metrics} | dict.fromkeys(
+    ("silhouette_batch", "kbet"), "batch"
+)
+
 _UNDEFINED = {
+    "isolated_labels": "all labels lie in equally many batches: none is isolated",
     "pcr": "before integration batches explain no more variance than random ones would",
     "bras": "no label has two batches",
+    "silhouette_batch": "no label has two batches",
     "cilisi": f"no label has {MIN_CELLS} cells in each of two batches",
+    "kbet": "no label has enough cells in two batches",
 }
+
+
+def _measure(
+    X: np.ndarray,
+    y: np.ndarray,
+    b: np.ndarray,
+    before: np.ndarray | None,
+    weights: np.ndarray,
+    seed: int,
+    kbet: bool,
+) -> dict[str, np.ndarray]:
+    """All scores of one sample of cells by metric; "cilisi of 3" is that of label 3."""
+    X = X.astype(np.float64)  # of distances between close cells single precision leaves three digits
+    neighbours = _neighbours(X, max(N_LISI, N_GRAPH))
+    n_labels, n_batches = int(y.max()) + 1, int(b.max()) + 1
+    within = _cilisi(X, y, b)
+    width = (silhouette_samples(X, y) + 1) / 2
+    clusters = KMeans(n_labels, n_init=3, random_state=seed).fit_predict(X)
+    mixed = np.random.default_rng([seed, 4]).permutation(b)
+    found = {
+        "silhouette_label": stats.mean(width, weights),
+        "isolated_labels": stats.mean_over_labels(np.where(_isolated(y, b), width, np.nan), y, weights),
+        "clisi": stats.median((n_labels - _lisi(*neighbours, y)) / (n_labels - 1), weights),
+        **{f"kmeans_{metric}": score for metric, score in stats.agreement(y, clusters, weights).items()},
+        "bras": stats.mean_over_labels(_bras(X, y, b), y, weights),
+        "silhouette_batch": stats.mean_over_labels(_silhouette_batch(X, y, b), y, weights),
+        "ilisi": stats.median((_lisi(*neighbours, b) - 1) / (n_batches - 1), weights),
+        "ilisi of random batches": stats.median(
+            (_lisi(*neighbours, mixed) - 1) / (n_batches - 1), weights[:1]
+        ),
+        "cilisi": stats.mean_over_labels(within, y, weights),
+        "graph_connectivity": np.array([_graph_connectivity(neighbours[1][:, :N_GRAPH], y)]),
+    }
+    if before is not None:
+        found["pcr"] = _pcr(before, X, b, weights)
+    if kbet:
+        found["kbet"] = np.array([_kbet(*neighbours, y, b)])
+    for label in np.unique(y[np.isfinite(within)]):
+        found[f"cilisi of {label}"] = stats.mean(np.where(y == label, within, np.nan), weights)
+    return found
+
+
+def _isolated(y: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cells of the labels that occur in the fewest batches; none where all occur in equally many."""
+    batches = sharing(y, b).sum(1)
+    return (batches[y] == batches.min()) & (batches.min() < batches.max())
+
+
+def _silhouette_batch(X: np.ndarray, y: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """1 − |silhouette by batch| per cell among its label, Euclidean, against the nearest other batch."""
+    value = np.full(len(X), np.nan)
+    for rows in _within_labels(y, b, 1).values():
+        if len(np.unique(b[rows])) < len(rows):
+            value[rows] = 1 - np.abs(silhouette_samples(X[rows], b[rows]))
+    return value
 
 
 def _neighbours(X: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

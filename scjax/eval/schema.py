@@ -97,6 +97,8 @@ METRICS: dict[str, Metric] = {
     "batch": Metric("batch mixing"),
     "clisi": Metric("cLISI"),
     "silhouette_label": Metric("silhouette (label)"),
+    "isolated_labels": Metric("isolated labels"),
+    "silhouette_batch": Metric("silhouette (batch)"),
     "bras": Metric("BRAS"),
     "ilisi": Metric("iLISI"),
     "cilisi": Metric("CiLISI"),
@@ -316,7 +318,9 @@ TASKS: dict[str, Task] = {
         columns=(
             Columns("axes", ("bio", "batch"), lead=True),
             Columns(
-                "parts of bio conservation", ("silhouette_label", "clisi", "kmeans_nmi", "kmeans_ari"), {}
+                "parts of bio conservation",
+                ("silhouette_label", "isolated_labels", "clisi", "kmeans_nmi", "kmeans_ari"),
+                {},
             ),
             Columns(
                 "parts of batch mixing", ("bras", "ilisi", "cilisi", "graph_connectivity", "pcr", "kbet"), {}

@@ -192,12 +192,15 @@ def over_groups(scores: Sequence[np.ndarray], n_boot: int, seed: int, name: str)
     return score, f"percentile bootstrap over cells of each group (fewer than {FEW_GROUPS} groups)"
 
 
-def over_repeats(scores: Sequence[np.ndarray], n_boot: int, seed: int, name: str) -> np.ndarray:
-    """Mean of one score over repeated samples of the data, its resamples over samples and cells.
+def over_repeats(
+    scores: Sequence[np.ndarray], n_boot: int, seed: int, name: str, same_cells: bool = False
+) -> np.ndarray:
+    """Mean of one score over repeated draws of the data, its resamples over draws and cells.
 
-    Each resample draws as many of the samples as there are, with replacement, and of each its own resample;
-    a score that has none enters by its value. Samples where it is undefined are left out. One sample: its
-    score as it is.
+    Each resample takes as many of the draws as there are, with replacement, and of each one of its resamples:
+    that of the same number where all draws were scored on the ``same_cells``, under the same resamples of
+    them, any where the draws are samples of cells. A score that has no resamples enters by its value. Draws
+    where it is undefined are left out. One draw: its score as it is.
     """
     if len(scores) == 1:
         return scores[0]
@@ -208,8 +211,10 @@ def over_repeats(scores: Sequence[np.ndarray], n_boot: int, seed: int, name: str
     if not n_boot:
         return np.array([value])
     table = np.stack([s[1:] if len(s) > 1 else np.full(n_boot, s[0]) for s in defined])
-    drawn = resample(len(defined), n_boot, seed, name)[1:].T / len(defined)
-    return np.append(value, (table * drawn).sum(0))
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    which = rng.integers(len(table), size=(len(table), n_boot))
+    resample_of = np.arange(n_boot) if same_cells else rng.integers(n_boot, size=which.shape)
+    return np.append(value, table[which, resample_of].mean(0))
 
 
 def calibration(confidence: np.ndarray, correct: np.ndarray, n_bins: int = 15) -> dict[str, np.ndarray]:
