@@ -64,7 +64,7 @@ def few_shot(
     folds, scheme = split(cells, seed)
     guess = np.zeros((len(budgets), N_DRAWS, len(cells)), np.int64)
     seen = np.zeros((len(cells), len(cells.label_names)), bool)
-    short: set[str] = set()
+    short: list[set[str]] = [set() for _ in budgets]
     for i, fold in enumerate(folds):
         Z = represent(fold.train)
         scaler = StandardScaler().fit(Z[fold.train])
@@ -75,7 +75,7 @@ def few_shot(
             for j, budget in enumerate(budgets):
                 taken = np.concatenate([rows[:budget] for rows in order.values()])
                 guess[j, draw, fold.test] = _guess(Z[taken], cells.label[taken], Z[fold.test])
-                short |= {cells.label_names[c] for c, rows in order.items() if len(rows) < budget}
+                short[j] |= {cells.label_names[c] for c, rows in order.items() if len(rows) < budget}
     out = Results(facts={"dropped": cells.dropped, "split_scheme": scheme, "few_shot_draws": N_DRAWS})
     about: dict[str, Any] = {
         "task": "annotation/few-shot",
@@ -87,10 +87,10 @@ def few_shot(
         "n_groups": len(cells.group_names),
         "metric_impl": f"scjax.eval; probe scikit-learn=={sklearn.__version__}",
     }
-    fewer = f"; fewer cells than asked for of {', '.join(sorted(short))}" if short else ""
     parts = parts_of(cells)
     weights = {g: stats.resample(len(rows), n_boot, seed, f"annotation/{g}") for g, rows in parts.items()}
     for j, budget in enumerate(budgets):
+        fewer = f"; fewer cells than asked for of {', '.join(sorted(short[j]))}" if short[j] else ""
         about |= {"setting": f"{budget} per label", "note": f"mean of {N_DRAWS} draws{fewer}"}
         scores = {
             group: [
