@@ -250,6 +250,22 @@ def test_gene_embeddings_that_know_the_effects_beat_their_twin_and_random():
     assert len(twin) == 1 and twin["ci_low"].iloc[0] > 0
     beside = run({"m": profiles()["good"]}, gene_embeddings={"knows": tables["knows"]}).to_frame()
     assert set(beside.loc[beside["model_id"].eq("nearest(knows)"), "model_kind"]) == {"baseline"}
+    rival = run({}, gene_embeddings=tables, baselines=["untrained"]).to_frame()
+    assert set(rival.loc[rival["model_id"].eq("linear(untrained)"), "model_kind"]) == {"baseline"}
+
+
+def test_what_is_held_out_in_turn_is_never_learnt_from():
+    data = study(doubles(), Keys("perturbation", "control"), None, None, None, 0)
+    assert sorted(data.test) == sorted(data.rows) and len(data.folds) == len(data.rows)
+    for fold in data.folds:
+        (held,) = fold.test
+        assert held not in fold.train
+        if len(held.parts) == 1:
+            assert not any(held.perturbation in c.parts for c in fold.train)
+    in_lines = study(lines(), Keys("perturbation", "control", "line"), None, None, None, 0)
+    assert len(in_lines.folds) == 5
+    for fold in in_lines.folds:
+        assert not {c.context for c in fold.test} & {c.context for c in fold.train}
 
 
 @functools.cache

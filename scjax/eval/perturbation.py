@@ -38,6 +38,7 @@ def perturbation(
     gene_embeddings: Mapping[str, pd.DataFrame] | None = None,
     kind: Kind = "genetic",
     twins: Mapping[str, str] | None = None,
+    baselines: Sequence[str] = (),
     counts: str | None = None,
     dataset: str = "",
     n_boot: int = 1000,
@@ -76,6 +77,7 @@ def perturbation(
         kind: "genetic" (names are genes, whose own expression does not count for discrimination), "chemical"
             or "environmental".
         twins: model → name of its random-initialised twin, among the predictions or gene embeddings.
+        baselines: further rivals among the predictions or gene embeddings, not models under test.
         counts: where raw counts are: a layer, "X" or "raw".
         dataset: name of the data in rows.
         n_boot: resamples behind 95 % intervals: of held-out conditions, or of cells where there are fewer
@@ -91,22 +93,24 @@ def perturbation(
     started = time.perf_counter()
     keys = Keys(perturbation_key, control, context_key, dose_key, kind)
     twins, tables = dict(twins or {}), dict(gene_embeddings or {})
-    _check_names(predictions, tables, twins)
+    _check_names(predictions, tables, [*twins, *twins.values()], baselines)
     known_as = {twins[model]: name for model, name in twin_names(twins).items()}
     given = {known_as.get(n, n): _Given(n, p, keys) for n, p in predictions.items()}
     genes = set.intersection(*(set(g.genes) for g in given.values())) if given else None
     data = study(real, keys, genes, train, counts, seed)
-    answers = {
-        name: g.predictor("control" if g.name in known_as else "model", data) for name, g in given.items()
-    }
-    of_table = {
-        known_as.get(n, n): "control" if n in known_as else "baseline" if given else "model" for n in tables
-    }
+    kinds = dict.fromkeys(tables, "baseline" if given else "model") | dict.fromkeys(predictions, "model")
+    kinds |= dict.fromkeys(baselines, "baseline") | dict.fromkeys(known_as, "control")
+    answers = {name: g.predictor(kinds[g.name], data) for name, g in given.items()}
+    of_table = {known_as.get(n, n): kinds[n] for n in tables}
     tables = {known_as.get(n, n): t.set_axis(t.index.astype(str)) for n, t in tables.items()}
     for fold in data.folds:
         for name, found in predictors(data, fold, tables, of_table, seed).items():
             answers.setdefault(name, Predictor(found.kind)).effect.update(found.effect)
-            answers[name].note = found.note
+    for name, table in tables.items():
+        known = sum(any(p in table.index for p in (*c.parts, c.perturbation)) for c in data.test)
+        for method in METHODS:
+            if (full := f"{method}({name})") in answers:
+                answers[full].note = f"the table knows {known} of {len(data.test)} held-out conditions"
     about = {
         "task": "perturbation",
         "dataset": dataset,
@@ -155,7 +159,10 @@ def _scheme(train: Any, data: Study) -> str:
 
 
 def _check_names(
-    predictions: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], twins: Mapping[str, str]
+    predictions: Mapping[str, Any],
+    tables: Mapping[str, pd.DataFrame],
+    twins: Sequence[str],
+    baselines: Sequence[str],
 ) -> None:
     fixed = {
         "no_change", "train_mean", "train_mean_cells", "context_mean", "matching_mean", "additive", "noise",
@@ -165,9 +172,9 @@ def _check_names(
         raise ValueError(
             f"the name {sorted(clash)[0]!r} is taken by a baseline or given twice; choose another"
         )
-    for name in [*twins, *twins.values()]:
-        if name not in predictions and name not in tables:
-            raise KeyError(f"twins names {name!r}, which is neither a prediction nor a gene embedding")
+    for role, names in (("twins", twins), ("baselines", baselines)):
+        if absent := [n for n in names if n not in predictions and n not in tables]:
+            raise KeyError(f"{role} names {absent[0]!r}, which is neither a prediction nor a gene embedding")
     for name, table in tables.items():
         if not isinstance(table, pd.DataFrame) or not len(table) or not table.shape[1]:
             raise ValueError(f"gene embedding {name!r} must be a DataFrame [gene × d]")

@@ -44,7 +44,9 @@ class _Track:
         self.base = {k: data.base(k) for k in {c.context for c in self.conditions}}
         self.control = {k: data.mean(data.control[k][0]) for k in self.base}
         self.expressed = {k: np.argsort(-b, kind="stable")[:EXPRESSED] for k, b in self.base.items()}
-        self.reference = [self._reference(c, f) for c, f in asked]
+        self.reference = [
+            self._reference(c, f) for c, f in asked
+        ]  # mean effect; whether seen in this context
         everyone = data.test  # candidates do not depend on the kind of novelty
         self.candidates = [self._candidates(c, everyone) for c in self.conditions]
         order = {c: self.rng.permutation(data.rows[c]) for c in dict.fromkeys(everyone)}
@@ -57,7 +59,7 @@ class _Track:
         )
         self.needed = list(dict.fromkeys([*self.conditions, *(j for c in self.candidates for j in c)]))
 
-    def _reference(self, condition: Condition, fold: Fold) -> np.ndarray | None:
+    def _reference(self, condition: Condition, fold: Fold) -> tuple[np.ndarray, bool] | None:
         """Mean of the training conditions' centroids (Systema, Vinas Torne et al. 2025), moved to this
         context where it has none; None where training holds one perturbation only.
         """
@@ -66,7 +68,7 @@ class _Track:
         if len({c.perturbation for c in of}) < 2:
             return None
         effects = [self.data.centroid(c) - self.data.base(c.context) for c in of]
-        return self.base[condition.context] + np.mean(effects, axis=0)
+        return np.mean(effects, axis=0), of is here
 
     def _candidates(self, condition: Condition, everyone: Sequence[Condition]) -> list[Condition]:
         """The condition itself first, then others of its context: the same for all predictors."""
@@ -94,13 +96,17 @@ class _Track:
             out |= {m: np.full(shape, np.nan) for m in extra}
         for i, c in enumerate(self.conditions):
             M = np.stack([p.effect[c] for p in predictors])
-            t, base, top, O = truth[c], self.base[c.context], self.expressed[c.context], self.reference[i]
+            t, base, top = truth[c], self.base[c.context], self.expressed[c.context]
             delta = t - control[c.context]
             absolute = M + np.stack([p.start.get(c.context, base) for p in predictors])
             out["pearson_delta"][:, i] = measure.pearson(delta, M)
             out["rmse"][:, i] = measure.rmse(t[:, top], absolute[:, top])
-            if O is not None:
-                out["pearson_systema"][:, i] = measure.pearson(t - O, M + base - O)
+            if (reference := self.reference[i]) is not None:
+                mean, here = reference
+                # centroids of this context, or a mean effect on either side's own half of the control cells:
+                # a control half in both would correlate them
+                beyond = t - base - mean if here else delta - mean
+                out["pearson_systema"][:, i] = measure.pearson(beyond, M - mean)
             keep = np.setdiff1d(np.arange(len(self.data.genes)), self.data.targets(c))
             among = self.candidates[i]
             if len(among) > 1:
@@ -335,6 +341,9 @@ def _calibrated(
     """
     sign = -1 if metric == "rmse" else 1
     room = sign * (ceiling - floor)
-    ratio = np.where(room > 1e-3, sign * (score - floor) / np.where(room > 1e-3, room, 1), np.nan)
-    why = "" if room[0] > 1e-3 else "half of the real cells scores no better than the mean effect"
-    return (ratio if np.isfinite(ratio).mean() > 0.5 else ratio[:1]), why
+    sure = room[0] > 0.02 * max(abs(ceiling[0]), abs(floor[0])) and (
+        len(room) == 1 or stats.interval(room)[0] > 0
+    )
+    if not sure:
+        return np.array([np.nan]), "half of the real cells is not clearly nearer than the mean effect"
+    return np.where(room > 0, sign * (score - floor) / np.where(room > 0, room, 1), np.nan), ""
