@@ -40,12 +40,48 @@ def pairs(given: Sequence[str] | None, flag: str) -> dict[str, str]:
     return found
 
 
+def table(path: str, index: int = 1) -> Any:
+    """A table whose first columns are its index, or an AnnData, by the ending of the file."""
+    import pandas as pd
+
+    name = Path(path).name.removesuffix(".gz")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if name.endswith(".h5ad"):
+        return read(path)
+    if name.endswith(".parquet"):
+        from scjax.eval.environment import missing
+
+        if absent := missing("pyarrow"):
+            raise ImportError(f"{path}: reading parquet needs pyarrow, {absent}")
+        return pd.read_parquet(path)
+    if not name.endswith((".csv", ".tsv", ".txt")):
+        raise ValueError(f"{path}: .csv, .tsv, .txt, .parquet or .h5ad are read")
+    columns = list(range(index)) if index > 1 else 0 if index else None
+    return pd.read_csv(path, sep="," if name.endswith(".csv") else "\t", index_col=columns)
+
+
+def listed(path: str) -> list[str]:
+    """The lines of a file."""
+    found = [line.strip() for line in Path(path).read_text().splitlines()]
+    if not any(found):
+        raise ValueError(f"{path}: is empty; one name a line is needed")
+    return [line for line in found if line]
+
+
+def twins_of(given: Sequence[str] | None) -> dict[str, str]:
+    """MODEL=TWIN."""
+    if wrong := [text for text in given or () if not all(text.partition("=")[::2])]:
+        raise ValueError(f"--twin {wrong[0]!r}: MODEL=TWIN is needed")
+    return dict(text.split("=", 1) for text in given or ())
+
+
 # ------------------------------------------------------------------------ cells
 def evaluate(args: argparse.Namespace) -> int:
     import scjax.eval
     from scjax.eval import checks
 
-    directory = _directory(args, args.input)
+    directory = directory_of(args, args.input)
     adata = read(args.input)
     # what is wrong with the call is said before hours of embedding, not after
     for key, role in ((args.label, "label"), (args.batch, "batch"), (args.group, "group")):
@@ -67,16 +103,18 @@ def evaluate(args: argparse.Namespace) -> int:
         pretrain_overlap=_overlap(args, adata, facts),
         progress=True,
     )
-    return _finish(args, results, directory, curves, facts)
+    return finish(args, results, directory, curves, facts)
 
 
 def spatial(args: argparse.Namespace) -> int:
     import scjax.eval
 
-    directory = _directory(args, args.input)
+    directory = directory_of(args, args.input)
     adata = read(args.input)
+    if args.imputed:
+        return _imputation(args, adata, directory)
     embeddings, twins, curves, facts = _embeddings(args, adata)
-    results = _scored(
+    results = scored(
         scjax.eval.spatial,
         adata,
         embeddings,
@@ -92,7 +130,30 @@ def spatial(args: argparse.Namespace) -> int:
         dataset=args.dataset or "",
         pretrain_overlap=_overlap(args, adata, facts),
     )
-    return _finish(args, results, directory, curves, facts)
+    return finish(args, results, directory, curves, facts)
+
+
+def _imputation(args: argparse.Namespace, adata: Any, directory: Path) -> int:
+    import scjax.eval
+
+    if not args.held_out:
+        raise ValueError("--imputed needs --held-out FILE: the genes that were predicted, one a line")
+    results = scored(
+        scjax.eval.imputation,
+        adata,
+        {name: table(path) for name, path in pairs(args.imputed, "--imputed").items()},
+        genes=listed(args.held_out),
+        section_key=args.section,
+        group_key=args.group,
+        coordinates=args.coordinates,
+        counts=args.layer,
+        twins=twins_of(args.twin),
+        seed=args.seed,
+        n_boot=args.n_boot,
+        dataset=args.dataset or "",
+        pretrain_overlap=args.pretrain_overlap,
+    )
+    return finish(args, results, directory, facts={"input": str(args.input)})
 
 
 def _embeddings(
@@ -145,12 +206,11 @@ def _embeddings(
             "nothing to score: give --model RUN, --obsm KEY, --embedding FILE or --embedder NAME; "
             f"obsm of {args.input} holds {sorted(adata.obsm)}"
         )
-    for text in args.twin or ():
-        model_name, _, twin = text.partition("=")
+    for model_name, twin in twins_of(args.twin).items():
         if model_name not in embeddings or twin not in adata.obsm:
             raise ValueError(
-                f"--twin {text}: MODEL=TWIN is needed, a model of {embeddings} and an obsm key of "
-                f"{sorted(adata.obsm)}"
+                f"--twin {model_name}={twin}: a model of {embeddings} and an obsm key of "
+                f"{sorted(adata.obsm)} are needed"
             )
         twins[model_name] = twin
         embeddings = [e for e in embeddings if e != twin]
@@ -178,20 +238,34 @@ def _overlap(args: argparse.Namespace, adata: Any, facts: dict[str, Any]) -> str
 
 # -------------------------------------------------------------------- all together
 def compare(args: argparse.Namespace) -> int:
-    from scjax.eval.leaderboard import leaderboard
-    from scjax.eval.results import Results
+    from rich.table import Table
 
-    board = leaderboard([Results.read(path) for path in args.results], allow_unknown=True)
-    _show(board)
-    return _verdict_of(board["problems"], args.allow)
+    from scjax.eval.leaderboard import compare
+    from scjax.eval.tables import heading
+
+    found = compare(args.first, args.second, n_boot=args.n_boot, seed=args.seed)
+    table = Table("", "first", "second", header_style="")
+    for name in ("difference [95 %]", "wins", "units", "p (Holm)"):
+        table.add_column(escape(name), justify="right")
+    for r in found.astype(object).where(found.notna(), None).to_dict("records"):
+        ends = "" if r["ci_low"] is None else f" [{r['ci_low']:+.3f}, {r['ci_high']:+.3f}]"
+        where = f"{heading(r['task'], r['track'])}, {r['metric']}" + (
+            f", {r['dataset']}" if r["dataset"] else ""
+        )
+        numbers = (f"{r['difference']:+.3f}{ends}", f"{100 * r['wins']:.0f} %", str(r["n_units"]))
+        cells = (where, r["first"], r["second"], *numbers, f"{r['p_holm']:.2g}")
+        table.add_row(*map(escape, cells))
+    out.print(table)
+    out.print("Above zero the first is ahead; paired by what was held out.", highlight=False)
+    return 0
 
 
 def leaderboard(args: argparse.Namespace) -> int:
-    from scjax.eval import leaderboard as boards
+    from scjax.eval.leaderboard import leaderboard, save
 
-    board = boards.leaderboard(args.results, allow_unknown=args.allow_unknown)
+    board = leaderboard(args.results, allow_unknown=args.allow_unknown)
     if args.out:
-        boards.save(board, args.out)
+        save(board, args.out)
     _show(board)
     if args.out:
         out.print(f"leaderboard: {args.out}")
@@ -199,7 +273,7 @@ def leaderboard(args: argparse.Namespace) -> int:
 
 
 # --------------------------------------------------------------------- in and out
-def _directory(args: argparse.Namespace, name: str) -> Path:
+def directory_of(args: argparse.Namespace, name: str) -> Path:
     """Where results go; a directory that holds something is not written into unasked."""
     directory = Path(args.out or f"{Path(name).name.partition('.')[0]}_eval")
     if directory.exists() and not directory.is_dir():
@@ -209,7 +283,7 @@ def _directory(args: argparse.Namespace, name: str) -> Path:
     return directory
 
 
-def _scored(suite: Any, *args: Any, **kwargs: Any) -> Any:
+def scored(suite: Any, *args: Any, **kwargs: Any) -> Any:
     """Runs a suite with its progress shown."""
     from scjax.eval import progress
 
@@ -217,7 +291,7 @@ def _scored(suite: Any, *args: Any, **kwargs: Any) -> Any:
         return suite(*args, **kwargs)
 
 
-def _finish(
+def finish(
     args: argparse.Namespace, results: Any, directory: Path, curves: Any = None, facts: Any = None
 ) -> int:
     """Writes results and reports, shows the main tables; 1 where no claim may rest on them."""
@@ -278,7 +352,7 @@ def add_commands(commands: Any) -> None:
     command.add_argument(
         "--group", metavar="COLUMN", help="obs column that splits never cut through (donor, study)"
     )
-    _add_output(command)
+    add_output(command)
     add_reading(command)
 
     command = commands.add_parser("eval spatial", help="regions and neighbourhoods in tissue")
@@ -289,13 +363,24 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--section", metavar="COLUMN", help="obs column of tissue sections")
     command.add_argument("--group", metavar="COLUMN", help="obs column to generalise to (donor)")
     command.add_argument("--coordinates", default="spatial", metavar="KEY", help="in obsm (default: spatial)")
-    _add_output(command)
+    command.add_argument(
+        "--imputed",
+        nargs="+",
+        metavar="[NAME=]FILE",
+        help="instead of embeddings: predicted genes, cells by name (.csv, .tsv, .parquet, .h5ad)",
+    )
+    command.add_argument("--held-out", metavar="FILE", help="with --imputed: the genes, one a line")
+    add_output(command)
     add_reading(command)
 
-    command = commands.add_parser("eval compare", help="results of several models on the same data")
+    command = commands.add_parser(
+        "eval compare", help="models of two evaluations, paired by what was held out"
+    )
     command.set_defaults(run=compare)
-    command.add_argument("results", nargs="+", metavar="RESULTS.jsonl")
-    command.add_argument("--allow", action="store_true", help="exit status 0 whatever the problems")
+    command.add_argument("first", metavar="FIRST.jsonl")
+    command.add_argument("second", metavar="SECOND.jsonl")
+    command.add_argument("--n-boot", type=int, default=1000, metavar="N", help="resamples (default: 1000)")
+    command.add_argument("--seed", type=int, default=0)
 
     command = commands.add_parser("eval leaderboard", help="many results as one ranking")
     command.set_defaults(run=leaderboard)
@@ -335,7 +420,7 @@ def _add_cells(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_output(command: argparse.ArgumentParser) -> None:
+def add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", metavar="DIR", help="default: the input's name with _eval")
     command.add_argument("--dataset", metavar="NAME", help="what the data are called in results")
     command.add_argument("--title", default=None, help="of the report")

@@ -60,6 +60,12 @@ def _grid(n: int, width: float = 3.3, height: float = 3.2) -> tuple[Any, list[An
 
 
 # ---------------------------------------------------------------------------- perturbation
+def _known(panel: Mapping[str, Any], key: str) -> dict[str, float]:
+    """Perturbation → its value in the panel, where it has one."""
+    pairs = zip(panel["names"], panel[key], strict=True)
+    return {name: float(x) for name, x in pairs if x is not None and np.isfinite(x)}
+
+
 @styled
 def effects(
     panel: Mapping[str, Any], scores: Mapping[str, Mapping[str, float]], title: str, direction: str
@@ -68,16 +74,14 @@ def effects(
 
     ``scores``: model → perturbation → value of the metric called ``title``.
     """
-    base = dict(zip(panel["names"], panel["baseline"], strict=True))
-    size = dict(zip(panel["names"], panel["effect"], strict=True))
+    base, size = _known(panel, "baseline"), _known(panel, "effect")
     figure, grid = _grid(len(scores))
-    every = [v for v in base.values() if v is not None]
-    every += [v for of in scores.values() for v in of.values()]
+    every = [*base.values(), *(v for of in scores.values() for v in of.values())]
     low, high = min(every), max(every)
     pad = 0.05 * (high - low or 1)
-    scale = np.quantile([v for v in size.values() if v is not None] or [1.0], [0.05, 0.95])
+    scale = np.quantile(list(size.values()) or [1.0], [0.05, 0.95])
     for axes, (model, of) in zip(grid, scores.items(), strict=True):
-        names = [n for n in of if base.get(n) is not None and size.get(n) is not None]
+        names = [n for n in of if n in base and n in size]
         x, y = np.array([base[n] for n in names]), np.array([of[n] for n in names])
         ends = [low - pad, high + pad]
         axes.plot(ends, ends, color=MUTED, lw=0.8, zorder=1)
@@ -108,8 +112,7 @@ def by_effect(
     panel: Mapping[str, Any], scores: Mapping[str, Mapping[str, float]], kinds: Mapping[str, str], title: str
 ) -> bytes:
     """Mean score of each method in four equal bins of effect size, and how many perturbations lie where."""
-    pairs = zip(panel["names"], panel["effect"], strict=True)
-    size = {n: e for n, e in pairs if e is not None}
+    size = _known(panel, "effect")
     values = np.array(list(size.values()))
     edges = np.unique(np.quantile(values, np.linspace(0, 1, 5 if len(values) >= 12 else 3)))
     figure = blank(7.6, 4.2)

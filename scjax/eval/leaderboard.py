@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scjax.eval import tables, verdict
+from scjax.eval import stats, tables, verdict
 from scjax.eval.results import Results
 from scjax.eval.schema import MEAN, METRICS, TASKS
 
@@ -57,9 +57,10 @@ def _missing(frame: pd.DataFrame) -> list[str]:
             continue
         there = set(scored["model_id"])
         absent = [c for c in TASKS[task].blind if c not in there]
+        rivals = rows["model_kind"].eq("baseline").any()  # a task without baselines has controls alone
         reasons = rows[rows["model_id"].isin(absent) & rows["status"].ne("ok")]
         why = dict(zip(reasons["model_id"], reasons["note"], strict=True))
-        if not scored["model_kind"].eq("baseline").any():
+        if rivals and not scored["model_kind"].eq("baseline").any():
             absent.append("every simple baseline")
         for control in absent:
             reason = f" ({why[control]})" if why.get(control) else ""
@@ -204,6 +205,86 @@ def _require_same_protocol(entries: Sequence[Mapping[str, Any]]) -> None:
                 f"{first['protocol'][k]!r} there and {e['protocol'][k]!r} here; scores under different "
                 "protocols cannot be ranked side by side (give the data sets different names, dataset=)"
             )
+
+
+def compare(first: Source, second: Source, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """The models of one evaluation against those of another, paired by what was held out.
+
+    Saved results hold no resamples, so models are paired by the values of single units (perturbations,
+    regulators, genes, or held-out groups) of the leading score of each table. From ten units on there is a
+    percentile interval over units; the p-value is that of Wilcoxon's signed ranks, corrected after Holm over
+    all lines. Fewer than six units cannot reach 0.05.
+
+    Returns:
+        One line a table and pair of models: ``difference`` (first - second, mean over units, turned so that
+        above zero the first is ahead), ``ci_low``, ``ci_high``, ``wins`` (share of units where the first is
+        ahead), ``n_units``, ``p_value``, ``p_holm``.
+
+    Raises:
+        ValueError: no table with units in common; evaluations under different protocols.
+    """
+    from scipy.stats import wilcoxon
+
+    pair = [s if isinstance(s, Results) else Results.read(s) for s in (first, second)]
+    frames = [r.to_frame() for r in pair]
+    names = ["the first" if isinstance(s, Results) else os.fspath(s) for s in (first, second)]
+    entries = [_entries(r, n) for r, n in zip(pair, names, strict=True)]
+    for place in dict.fromkeys((e["dataset"], e["task"], e["track"]) for e in entries[0]):
+        here = [[e for e in of if (e["dataset"], e["task"], e["track"]) == place] for of in entries]
+        if all(here):
+            _ranked([e for of in here for e in of if e["kind"] == "baseline"])
+            _require_same_protocol([of[0] for of in here])
+    out: list[dict[str, Any]] = []
+    theirs = {(s.task, s.track): s for s in verdict.leading(frames[1])}
+    for score in verdict.leading(frames[0]):
+        if theirs.get((score.task, score.track)) != score:
+            continue
+        units = [_units(frame, score) for frame in frames]
+        for (data, mine), a in units[0].items():
+            for (other_data, other), b in units[1].items():
+                common = [u for u in a if u in b]
+                if data != other_data or not common or (a == b and mine == other):
+                    continue
+                sign = -1 if METRICS[score.metric].direction == "min" else 1
+                apart = sign * np.array([a[u] - b[u] for u in common])
+                low = high = None
+                if len(apart) >= stats.FEW_GROUPS and n_boot:
+                    weights = stats.resample(len(apart), n_boot, seed, "compare")
+                    low, high = stats.interval(stats.mean(apart, weights))
+                same = not np.any(apart)
+                out.append(
+                    {
+                        **{"dataset": data, "task": score.task, "track": score.track},
+                        **{"metric": METRICS[score.metric].title, "first": mine, "second": other},
+                        "difference": float(apart.mean()),
+                        **{"ci_low": low, "ci_high": high, "wins": float(np.mean(apart > 0))},
+                        **{"n_units": len(apart), "p_value": 1.0 if same else float(wilcoxon(apart).pvalue)},
+                    }
+                )
+    if not out:
+        raise ValueError(
+            f"{names[0]} and {names[1]}: no table that has values of single units (groups, perturbations, "
+            "regulators) in both; score the same data under the same dataset name"
+        )
+    table = pd.DataFrame(out)
+    table["p_holm"] = stats.holm(table["p_value"].to_numpy(float))
+    return table
+
+
+def _units(frame: pd.DataFrame, score: verdict.Score) -> dict[tuple[str, str], dict[str, float]]:
+    """(dataset, model) -> unit -> its value of the leading score."""
+    rows = frame[frame["versus"].eq("") & frame["status"].eq("ok") & frame["model_kind"].eq("model")]
+    for name, value in (("task", score.task), ("track", score.track), ("metric", score.metric)):
+        rows = rows[rows[name].eq(value)]
+    rows = rows[rows["head"].eq(score.head) & rows["setting"].eq(score.setting)]
+    single = rows[rows["label"].ne("")]
+    unit = "label"
+    if not len(single):
+        single, unit = rows[~rows["group"].isin(("", MEAN))], "group"
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for r in single.to_dict("records"):
+        found.setdefault((r["dataset"], r["model_id"]), {})[r[unit]] = r["value"]
+    return found
 
 
 def summary(board: pd.DataFrame) -> pd.DataFrame:

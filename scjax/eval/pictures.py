@@ -203,13 +203,14 @@ def _pooled(panels: Sequence[Mapping[str, Any]], model: str) -> dict[str, Any]:
 def _effects(panels: list[dict[str, Any]], rows: pd.DataFrame) -> Iterator[Picture]:
     metric = TASKS["perturbation"].leading[0].metric
     for panel in panels:
-        of = rows[rows["track"].eq(panel["track"]) & rows["versus"].eq("")]
+        here = rows[rows["track"].eq(panel["track"])]
+        of = here[here["versus"].eq("")]
         single = of[
             of["metric"].eq(metric) & of["label"].ne("") & of["status"].eq("ok") & of["setting"].eq("")
         ]
         scores = {
             m: dict(zip(part["label"], part["value"].astype(float), strict=True))
-            for m, _ in _telling(of)
+            for m, _ in _telling(here)
             if len(part := single[single["model_id"] == m])
         }
         where, title = f", {panel['track']}" if panel["track"] else "", METRICS[metric].title
@@ -217,7 +218,7 @@ def _effects(panels: list[dict[str, Any]], rows: pd.DataFrame) -> Iterator[Pictu
             shown = dict(list(scores.items())[:MOST_MODELS])
             caption = (
                 "One dot a perturbation; on the line a model predicts it as well as the mean of the training "
-                "perturbations does, which knows nothing of it."
+                f"perturbations does ({panel.get('baseline_id', 'train_mean')}), which knows nothing of it."
             )
             picture = charts.effects(panel, shown, title, METRICS[metric].direction)
             yield Picture(f"Model against training mean{where}", picture, caption)
@@ -235,14 +236,11 @@ def _effects(panels: list[dict[str, Any]], rows: pd.DataFrame) -> Iterator[Pictu
 
 def _calibrated(rows: pd.DataFrame) -> pd.DataFrame:
     """Scores between floor (training mean) and ceiling: representations × metrics."""
-    whole = rows[rows["label"].eq("") & rows["status"].eq("ok") & rows["setting"].eq("calibrated")]
-    whole = whole[whole["group"].isin(("", MEAN))]
-    table = whole.pivot_table(index="model_id", columns="metric", values="value", aggfunc="first", sort=False)
-    table = table.astype(float)
-    table = table.reindex([m for m in _kinds(rows) if m in table.index])
-    order = [m for block in TASKS["perturbation"].columns for m in block.metrics]
-    columns = sorted(table.columns, key=lambda m: order.index(m) if m in order else len(order))
-    return table[columns].rename(columns=lambda m: METRICS[m].title)
+    whole = rows[rows["label"].eq("") & rows["status"].eq("ok") & rows["metric"].eq("calibrated")]
+    table = whole.pivot_table(index="model_id", columns="setting", values="value", aggfunc="first")
+    table = table.astype(float).reindex([m for m in _kinds(rows) if m in table.index])
+    table = table[[m for m in METRICS if m in table.columns]]  # the setting is the metric that is calibrated
+    return table.rename(columns=lambda m: METRICS[m].title)
 
 
 def _precision_recall(panels: list[dict[str, Any]], rows: pd.DataFrame) -> Iterator[Picture]:
