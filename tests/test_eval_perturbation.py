@@ -250,6 +250,9 @@ def test_gene_embeddings_that_know_the_effects_beat_their_twin_and_random():
     assert len(twin) == 1 and twin["ci_low"].iloc[0] > 0
     beside = run({"m": profiles()["good"]}, gene_embeddings={"knows": tables["knows"]}).to_frame()
     assert set(beside.loc[beside["model_id"].eq("nearest(knows)"), "model_kind"]) == {"baseline"}
+    strange = {"strange": tables["knows"].add_prefix("d").set_axis([f"ENSG{i}" for i in range(N_GENES)])}
+    rows = [r for r in run({}, gene_embeddings=strange).rows if r["status"] == "skipped"]
+    assert [r["model_id"] for r in rows] == ["linear(strange)"] and "must hold their names" in rows[0]["note"]
     rival = run({}, gene_embeddings=tables, baselines=["untrained"]).to_frame()
     assert set(rival.loc[rival["model_id"].eq("linear(untrained)"), "model_kind"]) == {"baseline"}
 

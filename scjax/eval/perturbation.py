@@ -125,6 +125,13 @@ def perturbation(
     out = Results()
     for track in each(sorted(tracks), "perturbation"):
         score(out, data, track, tracks[track], answers, about, n_boot, seed)
+    for name in tables:
+        if f"linear({name})" not in answers:
+            why = (
+                "the table describes fewer than four training perturbations (its index must hold their names)"
+            )
+            row = {**about, "model_id": f"linear({name})", "model_kind": of_table[name]}
+            out.skip(why, **row, track=sorted(tracks)[0], metric="pearson_delta")
     pairs = twin_names(twins)
     pairs |= {f"{m}({a})": f"{m}({b})" for a, b in pairs.items() for m in METHODS}
     pairs = {a: b for a, b in pairs.items() if a in answers and b in answers}
