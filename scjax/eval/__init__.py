@@ -18,6 +18,7 @@ from scjax.eval.genes import genes
 from scjax.eval.imputation import imputation
 from scjax.eval.integration import integration
 from scjax.eval.invariance import invariance
+from scjax.eval.leaderboard import compare, leaderboard
 from scjax.eval.masked import masked_error
 from scjax.eval.modalities import matching, modality_prediction
 from scjax.eval.perturbation import perturbation
@@ -32,12 +33,14 @@ __all__ = [
     "Results",
     "annotation",
     "clustering",
+    "compare",
     "diagnostics",
     "embedder",
     "genes",
     "imputation",
     "integration",
     "invariance",
+    "leaderboard",
     "load_embedding",
     "masked_error",
     "matching",
