@@ -13,11 +13,11 @@ import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score
 from sklearn.neighbors import NearestNeighbors
 from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 
+from scjax.eval import stats
 from scjax.eval.checks import Cells, stratified
 from scjax.eval.splits import Fold, inner
 
@@ -154,7 +154,8 @@ def _choose(curve: Curve, X: np.ndarray, y: np.ndarray, inside: Sequence[Fold], 
 
 
 def _macro_f1(truth: np.ndarray, guess: np.ndarray) -> float:
-    return float(f1_score(truth, guess, labels=np.unique(truth), average="macro", zero_division=0))
+    known = np.ones(1 + max(truth.max(), guess.max()), bool)
+    return float(stats.classification(truth, guess, known, np.ones((1, len(truth))))["macro_f1"][0])
 
 
 def _logistic_curve(
@@ -194,7 +195,7 @@ def _mlp_curve(
             if epoch - best >= PATIENCE:
                 break
         scores[i, epoch + 1 :] = scores[i, best] - 0.05
-    return scores.ravel()
+    return scores.ravel().tolist()
 
 
 def _network(hidden: int, n: int, seed: int) -> MLPClassifier:

@@ -125,8 +125,8 @@ def run(
         if r.absent:
             raise ValueError(r.absent)
         if task == "annotation":
-            heads = {"heads": r.heads} if r.heads else {}
-            return annotation(r.features, names, group_of, ontology=tree, **heads, **about)
+            about |= {"heads": r.heads} if r.heads else {}
+            return annotation(r.features, names, group_of, ontology=tree, **about)
         if task in ("annotation/few-shot", "annotation/unseen"):
             return (few_shot if task.endswith("few-shot") else unseen)(r.features, names, group_of, **about)
         if task == "clustering":
@@ -218,7 +218,7 @@ def _controls(
     if "annotation" in tasks:
         out.append(Representation("majority", "control", None, tasks=("annotation",), heads=("majority",)))
     if "integration" in tasks:
-        jitter = rng.normal(size=np.shape(like.features)).astype(np.float32)
+        jitter = rng.normal(size=like.fitted(np.arange(len(cells))).shape).astype(np.float32)
         out.append(Representation("collapsed", "control", 1 + 1e-3 * jitter, tasks=("integration",)))
         truth = np.eye(len(cells.label_names), dtype=np.float32)[cells.label]
         oracle = truth + 0.01 * rng.normal(size=truth.shape).astype(np.float32)

@@ -120,14 +120,18 @@ def inner(label: np.ndarray, groups: np.ndarray | None, seed: int, n_folds: int 
     Args:
         label, groups: of the training rows.
     """
+    n_groups = 0 if groups is None else len(np.unique(groups))
     splitter: Any
-    if groups is not None and len(np.unique(groups)) > 1:
-        splitter = StratifiedGroupKFold(min(n_folds, len(np.unique(groups))), shuffle=True, random_state=seed)
+    if n_groups > 1:
+        splitter = StratifiedGroupKFold(min(n_folds, n_groups), shuffle=True, random_state=seed)
+    elif np.bincount(label).max() < n_folds:
+        return []
     else:
-        splitter, groups = StratifiedKFold(n_folds, shuffle=True, random_state=seed), None
-        if np.bincount(label).max() < n_folds:
-            return []
+        splitter = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=RARE, category=UserWarning)
-        found = [Fold(*f) for f in splitter.split(np.zeros((len(label), 1)), label, groups)]
+        found = [
+            Fold(*f)
+            for f in splitter.split(np.zeros((len(label), 1)), label, groups if n_groups > 1 else None)
+        ]
     return [f for f in found if len(np.unique(label[f.train])) > 1 and len(f.test)]
