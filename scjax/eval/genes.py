@@ -17,8 +17,9 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.extmath import randomized_svd
 
-from scjax.eval import checks, compare, environment, regression, splits, stats
+from scjax.eval import checks, environment, regression, splits, stats
 from scjax.eval.baselines import Expression, find_counts
+from scjax.eval.compare import conclude
 from scjax.eval.gene_sets import family_codes, gene_table, in_common
 from scjax.eval.ranking import Ranking, fmax
 from scjax.eval.results import Results
@@ -135,7 +136,7 @@ def genes(
                 out.skip(task=task, model_id=name, model_kind="baseline", metric=metric, note=note)
     for entry in out.rows:
         entry["dataset"] = dataset
-    compare.conclude(out, dict(twins or {}))
+    conclude(out, dict(twins or {}))
     out.facts |= facts | environment.provenance()
     out.facts |= {
         "dataset": dataset,
