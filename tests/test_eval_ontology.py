@@ -1,4 +1,4 @@
-"""Ontologies of cell types: reading, matching labels, distances, and the scores of annotation made of them."""
+"""Ontologies of cell types: reading, matching labels, distances, and scores of annotation made of them."""
 
 from __future__ import annotations
 
