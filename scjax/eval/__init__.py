@@ -21,6 +21,7 @@ from scjax.eval.invariance import invariance
 from scjax.eval.leaderboard import compare, leaderboard
 from scjax.eval.masked import masked_error
 from scjax.eval.modalities import matching, modality_prediction
+from scjax.eval.network import network
 from scjax.eval.perturbation import perturbation
 from scjax.eval.results import Results
 from scjax.eval.runner import run
@@ -45,6 +46,7 @@ __all__ = [
     "masked_error",
     "matching",
     "modality_prediction",
+    "network",
     "perturbation",
     "run",
     "spatial",

@@ -22,6 +22,7 @@ from scjax.eval.baselines import Expression, find_counts
 from scjax.eval.compare import conclude
 from scjax.eval.gene_sets import family_codes, gene_table, in_common
 from scjax.eval.ranking import Ranking, fmax
+from scjax.eval.representations import twin_names
 from scjax.eval.results import Results
 
 PROPERTY, SETS = "genes/property", "genes/sets"
@@ -66,7 +67,7 @@ def genes(
         expression: cells with raw counts from which the baselines are made; without it they are skipped.
         counts: where its raw counts are ("X", "raw" or a layer); None: wherever integers are found.
         baselines: names of tables that are rivals and not models (text embeddings, gene2vec, ...).
-        twins: model → the table of the same architecture before training.
+        twins: model → the table of the same architecture before training, called "random_init" in the rows.
         repeats: how often the five folds are drawn anew. Property scores are means over repeats; predictions
             of set membership are averaged.
         min_genes: sets (and each side of a property) with fewer genes in common are left out (refused).
@@ -89,6 +90,10 @@ def genes(
         )
     named = {name: gene_table(table, name) for name, table in tables.items()}
     kinds = _kinds(named, baselines, twins or {})
+    known_as = {(twins or {})[model]: name for model, name in twin_names(twins or {}).items()}
+    named = {known_as.get(name, name): table for name, table in named.items()}
+    kinds = {known_as.get(name, name): kind for name, kind in kinds.items()}
+    twins = {model: known_as[twin] for model, twin in (twins or {}).items()}
     wanted = {name: _binary(values, name) for name, values in (labels or {}).items()}
     rivals: Any = None
     if expression is not None:
@@ -136,7 +141,7 @@ def genes(
                 out.skip(task=task, model_id=name, model_kind="baseline", metric=metric, note=note)
     for entry in out.rows:
         entry["dataset"] = dataset
-    conclude(out, dict(twins or {}))
+    conclude(out, twins)
     out.facts |= facts | environment.provenance()
     out.facts |= {
         "dataset": dataset,
@@ -144,7 +149,7 @@ def genes(
         "n_boot": n_boot,
         "repeats": repeats,
         "tables": {name: list(table.shape) for name, table in named.items()},
-        "twins": dict(twins or {}),
+        "twins": twins,
         "n_cells": 0 if expression is None else expression.n_obs,
         "dropped": {k: int(v) for k, v in _dropped(labels or {}).items()},
         "split_scheme": out.rows[0]["split_scheme"],
@@ -418,8 +423,8 @@ def _sets(
         score = Ranking(ranks[:, j], y[:, j], unit, weights.shape[1]).average_precision(weights)
         of_sets.append(np.nan_to_num(score))  # a resample without any gene of the set finds nothing
         out.add(score[:1], metric="average_precision", label=name, **{**row, "n_cells": int(y[:, j].sum())})
-    out.add(np.mean(of_sets, axis=0), metric="macro_ap", **row)
+    out.add(stats.centred(np.mean(of_sets, axis=0)), metric="macro_ap", **row)
     pooled = Ranking(raw.ravel().round(12), y.ravel(), np.repeat(unit, y.shape[1]), weights.shape[1])
-    out.add(pooled.average_precision(weights), metric="micro_ap", **row)
-    out.add(fmax(raw, y, weights[:, unit]), metric="fmax", **row)
+    out.add(stats.centred(pooled.average_precision(weights)), metric="micro_ap", **row)
+    out.add(stats.centred(fmax(raw, y, weights[:, unit])), metric="fmax", **row)
     return pooled
