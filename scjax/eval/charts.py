@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from scjax.eval.figures import (
-    BLUE,
     GREEN,
     INK,
     MUTED,
@@ -17,37 +16,20 @@ from scjax.eval.figures import (
     PALETTE,
     RULE,
     blank,
-    colour_of,
+    looks,
     styled,
     svg,
 )
-from scjax.eval.tables import is_twin
 
 MOST_BARS = 40  # features with a line each; of more, the whole distribution is shown
-_MODELS = (BLUE, "#7b4fa3", "#158a8a", "#c2437a", "#5b7c1e")
-_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)))
 
 
-def looks(shown: Sequence[tuple[str, str]]) -> dict[str, dict[str, Any]]:
-    """Colour, dashes and width of each (representation, kind): models stand out, controls recede."""
-    out: dict[str, dict[str, Any]] = {}
-    count = {"model": 0, "baseline": 0, "control": 0, "oracle": 0}
-    for name, kind in shown:
-        if name in out:
-            continue
-        colour, dashes = colour_of(name, kind), _DASHES[count[kind] % len(_DASHES)]
-        if kind == "model":
-            colour, dashes = _MODELS[count[kind] % len(_MODELS)], "-"
-        elif is_twin(name):
-            dashes = "-"
-        out[name] = {
-            "color": colour,
-            "ls": dashes,
-            "lw": 2.2 if kind == "model" else 1.3,
-            "zorder": {"model": 5, "oracle": 2, "control": 2}.get(kind, 3) + is_twin(name),
-        }
-        count[kind] += 1
-    return out
+def _above(figure: Any, *lines_and_names: Any) -> None:
+    """The legend above the axes, in as many columns as the names leave room for."""
+    names = lines_and_names[1] if lines_and_names else figure.axes[0].get_legend_handles_labels()[1]
+    room = 14 * figure.get_size_inches()[0]  # characters
+    columns = int(room / (max(map(len, names), default=0) + 8))
+    figure.legend(*lines_and_names, loc="outside upper center", ncols=max(1, min(len(names), 6, columns)))
 
 
 def _grid(n: int, width: float = 3.3, height: float = 3.2) -> tuple[Any, list[Any]]:
@@ -111,10 +93,12 @@ def effects(
 def by_effect(
     panel: Mapping[str, Any], scores: Mapping[str, Mapping[str, float]], kinds: Mapping[str, str], title: str
 ) -> bytes:
-    """Mean score of each method in four equal bins of effect size, and how many perturbations lie where."""
+    """Score of each method over the size of the effect, from twelve perturbations on as means of bins."""
     size = _known(panel, "effect")
     values = np.array(list(size.values()))
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, 5 if len(values) >= 12 else 3)))
+    binned = len(values) >= 12
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, 5)) if binned else values)
+    edges = edges if binned else np.append(edges, np.inf)
     figure = blank(7.6, 4.2)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     look = looks(list(kinds.items()))
@@ -125,14 +109,15 @@ def by_effect(
         inside = [[of[n] for n in size if place[n] == b and n in of] for b in range(last + 1)]
         mean = [np.mean(v) if v else np.nan for v in inside]
         upper.plot(centre, mean, marker="o", ms=5, label=model, **look[model])
-    for edge in edges[1:-1]:
+    for edge in edges[1:-1] if binned else ():
         upper.axvline(edge, color=RULE, lw=0.8, zorder=0)
-    upper.set_ylabel(f"{title},\nmean of the bin")
+    upper.set_ylabel(f"{title},\nmean of the bin" if binned else title)
     upper.grid(axis="y", color=RULE, lw=0.6)
+    lower.yaxis.get_major_locator().set_params(integer=True)
     lower.hist(values, bins=min(30, max(5, len(values) // 3)), color="#b9c2cc", ec="white", lw=0.5)
     lower.set_xlabel("size of the real effect")
     lower.set_ylabel("perturbations")
-    figure.legend(loc="outside upper center", ncols=4)
+    _above(figure)
     return svg(figure)
 
 
@@ -143,7 +128,7 @@ def calibrated(table: pd.DataFrame) -> bytes:
     axes = figure.subplots()
     drawn = axes.imshow(table.to_numpy(float), cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
     for i, j in zip(*np.nonzero(np.isfinite(table.to_numpy(float))), strict=True):
-        x = float(table.iat[i, j])
+        x = round(float(table.iat[i, j]), 2) + 0.0  # no minus before a zero
         colour = "white" if abs(x) > 0.65 else INK
         text = f"{x:.2f}" if abs(x) < 10 else f"{x:.0f}"
         axes.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
@@ -179,7 +164,7 @@ def precision_recall(panels: Sequence[Mapping[str, Any]]) -> bytes:
         axes.set_xlabel(f"recall (prevalence {prevalence:.3g})")
         axes.grid(color=RULE, lw=0.6)
     grid[0].set_ylabel("precision")
-    figure.legend(list(named.values()), list(named), loc="outside upper center", ncols=4)
+    _above(figure, list(named.values()), list(named))
     return svg(figure)
 
 
@@ -203,7 +188,7 @@ def calibration(panels: Sequence[Mapping[str, Any]]) -> bytes:
         axes.set_xlabel("confidence")
         axes.grid(color=RULE, lw=0.6)
     grid[0].set_ylabel("share right")
-    figure.legend(list(named.values()), list(named), loc="outside upper center", ncols=4)
+    _above(figure, list(named.values()), list(named))
     return svg(figure)
 
 
@@ -241,8 +226,11 @@ def sections(panels: Sequence[Mapping[str, Any]]) -> bytes:
     """Tissue sections (lines): the true regions, and those that each model predicts, with the share right."""
     across = 1 + max(len(p["predicted"]) for p in panels)
     names = panels[0]["names"]
-    figure = blank(min(12.0, 3.0 * across), 2.9 * len(panels) + 0.4)
-    grid = figure.subplots(len(panels), across, squeeze=False)
+    width = min(12.0, 3.0 * across)
+    extent = [np.ptp(np.asarray(p["xy"], float), axis=0) for p in panels]
+    tall = [min(2.0, max(0.3, y / max(x, 1e-9))) for x, y in extent]  # height of each section / its width
+    figure = blank(width, sum(width / across * t + 0.3 for t in tall) + 0.5)
+    grid = figure.subplots(len(panels), across, squeeze=False, height_ratios=tall)
     for line, panel in zip(grid, panels, strict=True):
         xy, truth = np.asarray(panel["xy"], float), np.asarray(panel["truth"])
         pictures = {"truth": truth} | {m: np.asarray(c) for m, c in panel["predicted"].items()}
@@ -309,7 +297,7 @@ def features(panel: Mapping[str, Any], kinds: Mapping[str, str], title: str) -> 
     axes.spines["left"].set_visible(False)
     axes.grid(color=RULE, lw=0.6)
     axes.set_xlabel(title)
-    figure.legend(loc="outside upper center", ncols=4)
+    _above(figure)
     return svg(figure)
 
 
@@ -345,5 +333,5 @@ def overview(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
     axes.spines["left"].set_visible(False)
     axes.grid(color=RULE, lw=0.6)
     axes.set_xlabel(title)
-    figure.legend(loc="outside upper center", ncols=4)
+    _above(figure)
     return svg(figure)

@@ -43,6 +43,9 @@ PALETTE = [
         "#4a525b",
     ),
 ]
+_MODELS = (BLUE, "#7b4fa3", "#158a8a", "#c2437a", "#5b7c1e")
+_BASELINES = (INK, "#8c6d31", "#4f7a68", "#7a5575", "#3f6184")
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)))
 STYLE: dict[str, Any] = {
     "font.size": 9,
     "font.family": "sans-serif",
@@ -95,6 +98,30 @@ def colour_of(model_id: str, kind: str) -> str:
     if tables.is_twin(model_id):
         return ORANGE
     return {"model": BLUE, "baseline": INK, "control": "#a4abb3", "oracle": GREEN}[kind]
+
+
+def looks(shown: Sequence[tuple[str, str]]) -> dict[str, dict[str, Any]]:
+    """Colour, dashes and width of each (representation, kind): models stand out, controls recede."""
+    out: dict[str, dict[str, Any]] = {}
+    count = {"model": 0, "baseline": 0, "control": 0, "oracle": 0}
+    for name, kind in shown:
+        if name in out:
+            continue
+        colour, dashes = colour_of(name, kind), _DASHES[count[kind] % len(_DASHES)]
+        if kind == "model":
+            colour, dashes = _MODELS[count[kind] % len(_MODELS)], "-"
+        elif kind == "baseline":
+            colour = _BASELINES[count[kind] % len(_BASELINES)]
+        elif tables.is_twin(name):
+            dashes = "-"
+        out[name] = {
+            "color": colour,
+            "ls": dashes,
+            "lw": 2.2 if kind == "model" else 1.3,
+            "zorder": {"model": 5, "oracle": 2, "control": 2}.get(kind, 3) + tables.is_twin(name),
+        }
+        count[kind] += 1
+    return out
 
 
 @styled
@@ -175,7 +202,8 @@ def confusion(panels: Sequence[Mapping[str, Any]]) -> bytes:
     """Row-normalised confusion matrices of one model, side by side by held-out group."""
     names = panels[0]["labels"]
     size = max(2.6, 0.36 * len(names) + 0.4)
-    figure = blank(min(11.0, size * len(panels) + 1.7), min(9.0, size + 1.1))
+    ticks = 0.08 * max(map(len, names))  # inches of the longest name
+    figure = blank(min(11.0, size * len(panels) + ticks + 0.5), min(9.0, size + ticks + 0.8))
     for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True):
         counts = np.asarray(panel["counts"], float)
         support = counts.sum(1, keepdims=True)
@@ -207,10 +235,11 @@ def per_class(frame: pd.DataFrame, shown: Sequence[tuple[str, str]]) -> bytes:
     support = first.groupby("label")["n_cells"].sum().sort_values(ascending=False)
     figure = blank(7.6, 1.0 + 0.27 * len(support))
     axes = figure.subplots()
+    drawn_as = looks(shown)
     for model, kind in shown:
         value = rows[rows["model_id"] == model].groupby("label")["value"].mean().reindex(support.index)
         filled = kind == "model"
-        colour = colour_of(model, kind)
+        colour = drawn_as[model]["color"]
         look: dict[str, Any] = (
             {"ms": 6.5, "mfc": colour, "zorder": 4} if filled else {"ms": 6, "mfc": "white", "zorder": 3}
         )

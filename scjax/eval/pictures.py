@@ -76,9 +76,8 @@ def _kinds(rows: pd.DataFrame) -> dict[str, str]:
     """Representation → its kind, models first."""
     named = rows[rows["status"].ne("skipped")].drop_duplicates("model_id")
     kinds = dict(zip(named["model_id"], named["model_kind"], strict=True))
-    return dict(
-        sorted(kinds.items(), key=lambda k: (tables.KIND_ORDER.index(k[1]), not tables.is_twin(k[0])))
-    )
+    order = {m: 0.5 if tables.is_twin(m) else tables.KIND_ORDER.index(k) for m, k in kinds.items()}
+    return dict(sorted(kinds.items(), key=lambda item: order[item[0]]))
 
 
 def _best(rows: pd.DataFrame) -> list[str]:
@@ -208,10 +207,12 @@ def _effects(panels: list[dict[str, Any]], rows: pd.DataFrame) -> Iterator[Pictu
         single = of[
             of["metric"].eq(metric) & of["label"].ne("") & of["status"].eq("ok") & of["setting"].eq("")
         ]
+        scored = set(single["model_id"]) - {panel.get("baseline_id")}
+        drawn = [m for m, _ in _telling(here) if m in scored]
+        drawn = drawn or [m for m, kind in _kinds(of).items() if kind == "baseline" and m in scored]
+        parts = {m: single[single["model_id"] == m] for m in drawn[:CURVES]}
         scores = {
-            m: dict(zip(part["label"], part["value"].astype(float), strict=True))
-            for m, _ in _telling(here)
-            if len(part := single[single["model_id"] == m])
+            m: dict(zip(part["label"], part["value"].astype(float), strict=True)) for m, part in parts.items()
         }
         where, title = f", {panel['track']}" if panel["track"] else "", METRICS[metric].title
         if scores:
@@ -224,7 +225,9 @@ def _effects(panels: list[dict[str, Any]], rows: pd.DataFrame) -> Iterator[Pictu
             yield Picture(f"Model against training mean{where}", picture, caption)
             picture = charts.by_effect(panel, scores, _kinds(of), title)
             yield Picture(
-                f"Score by size of the effect{where}", picture, "Bins hold equally many perturbations."
+                f"Score by size of the effect{where}",
+                picture,
+                "From twelve perturbations on, means of four bins.",
             )
         table = _calibrated(of)
         if len(table):

@@ -181,7 +181,7 @@ def _table(rows: pd.DataFrame, shown: list[tables.Column]) -> Table:
     best = []
     for i, column in enumerate(shown):
         sign = -1 if _min(column) else 1
-        rivals = [line for line in lines if line.kind in ("model", "baseline") and _has_value(line.cells[i])]
+        rivals = [line for line in lines if line.kind in ("model", "baseline") and _ranks(line.cells[i])]
         values = {line.model_id: sign * line.cells[i]["value"] for line in rivals}  # type: ignore[index]
         best.append(max(values, key=lambda m: values[m]) if values else None)
     return Table(shown, [(o, overs.count(o)) for o in dict.fromkeys(overs)], lines, best)
@@ -191,8 +191,9 @@ def _min(column: tables.Column) -> bool:
     return METRICS[column.fields["metric"]].direction == "min"
 
 
-def _has_value(cell: Mapping[str, Any] | None) -> bool:
-    return cell is not None and cell["status"] == "ok" and cell["value"] is not None
+def _ranks(cell: Mapping[str, Any] | None) -> bool:
+    """Whether a cell can be the best of its column; coverage is neither good nor bad by itself."""
+    return cell is not None and cell["status"] == "ok" and cell["axis"] != "coverage"
 
 
 def _verdict(frame: pd.DataFrame, model: str) -> dict[str, Any]:
