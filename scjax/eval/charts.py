@@ -35,6 +35,7 @@ def _above(figure: Any, *lines_and_names: Any) -> None:
 def _grid(n: int, width: float = 3.3, height: float = 3.2) -> tuple[Any, list[Any]]:
     """A figure of n square-ish axes, three in a line, none of them empty."""
     across = min(3, n)
+    width, height = (1.3 * width, 1.2 * height) if n == 1 else (width, height)
     down = -(-n // across)
     figure = blank(width * across + 0.4, height * down + 0.3)
     axes = [figure.add_subplot(down, across, i + 1) for i in range(n)]
@@ -196,13 +197,13 @@ def calibration(panels: Sequence[Mapping[str, Any]]) -> bytes:
 def few_shot(rows: pd.DataFrame, title: str) -> bytes:
     """A score over the number of labelled cells, with its interval; one line a representation."""
     budget = rows["setting"].str.extract(r"^(\d+)", expand=False)
-    rows = rows.assign(budget=pd.to_numeric(budget)).dropna(subset="budget").sort_values("budget")
+    rows = rows.assign(budget=pd.to_numeric(budget)).dropna(subset="budget")
     shown = list(dict.fromkeys(zip(rows["model_id"], rows["model_kind"], strict=True)))
     look = looks(shown)
     figure = blank(7.6, 3.6)
     axes = figure.subplots()
     for name, _ in shown:
-        of = rows[rows["model_id"] == name].dropna(subset="value")
+        of = rows[rows["model_id"] == name].dropna(subset="value").sort_values("budget")
         x = of["budget"].to_numpy(float)
         axes.plot(x, of["value"], marker="o", ms=4, label=name, **look[name])
         ends = of[["ci_low", "ci_high"]].astype(float)

@@ -193,7 +193,7 @@ def forest(rows: Sequence[Mapping[str, Any]]) -> bytes:
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x", color=RULE, lw=0.6)
-    axes.set_xlabel("← behind        difference of the model        ahead →")
+    axes.set_xlabel("← behind      ahead →")
     return svg(figure)
 
 

@@ -119,6 +119,7 @@ def _html(content: Mapping[str, Any]) -> str:
         "value": tables.value,
         "bounds": tables.bounds,
         "state": verdict.state,
+        "is_twin": tables.is_twin,
         "address": lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg).decode(),
         "has_p": lambda cell: cell is not None and p_value(cell) is not None,
         "p": lambda cell: f"{p_value(cell):.2g}",

@@ -260,7 +260,7 @@ TASKS: dict[str, Task] = {
                 {"head": "logistic"},
             ),
         ),
-        note="Log-loss and calibration error (ECE): lower is better; they belong to a class-balanced probe.",
+        note="Log-loss and calibration error (ECE) belong to a class-balanced probe.",
         blind=("noise", "majority", "depth_only"),
     ),
     "annotation/few-shot": Task(
@@ -287,7 +287,6 @@ TASKS: dict[str, Task] = {
             Columns("Mahalanobis distance", ("auroc", "fpr95"), {"head": "mahalanobis"}),
             Columns("1 - highest probability", ("auroc", "fpr95"), {"head": "logistic"}, lead=True),
         ),
-        note="False positives at 95 % recall: lower is better.",
         blind=("noise", "depth_only"),
     ),
     "clustering": Task(
@@ -358,7 +357,7 @@ TASKS: dict[str, Task] = {
         ),
         note="Calibrated: (score - mean effect) / (half_split - mean effect), 0 where a prediction that is "
         "blind to the perturbation stands and 1 where the other half of the real cells does; not clipped. "
-        "Errors, distances and similarity: lower is better. Discrimination is one half by chance. Recall of "
+        "Discrimination is one half by chance. Recall of "
         "called genes rises with exaggeration; read it beside precision. train_mean and context_mean do not "
         "know which perturbation is asked for; shuffled is the truth of another perturbation; linear(random) "
         "has random descriptions of what is perturbed.",

@@ -107,7 +107,7 @@ def lines(rows: pd.DataFrame, shown: Sequence[Column]) -> list[Line]:
 
 def is_twin(model_id: str) -> bool:
     """Whether this name is that of a random-initialised twin."""
-    return model_id.split(" of ")[0] == RANDOM_INIT
+    return RANDOM_INIT in model_id  # also "random_init of X", "linear(random_init)"
 
 
 def _pick(rows: pd.DataFrame, fields: Mapping[str, str]) -> pd.DataFrame:

@@ -109,7 +109,7 @@ def gates(frame: pd.DataFrame, facts: Mapping[str, Any]) -> list[Gate]:
 def _apart(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of single held-out groups where these are few enough to be read one by one, else of their mean."""
     single = rows[rows["group"] != MEAN]
-    return single if single["group"].nunique() <= 3 else rows[rows["group"] == MEAN]
+    return single if 0 < single["group"].nunique() <= 3 else rows[rows["group"] == MEAN]
 
 
 def _controls(model: str, score: Leading, frame: pd.DataFrame) -> Iterator[Gate]:
