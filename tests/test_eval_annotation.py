@@ -20,9 +20,14 @@ from scjax.eval.schema import MEAN
 
 def test_annotation_orders_embeddings_by_their_quality():
     X, label, group, _ = planted()
-    for head in ("logistic", "knn"):
+    for head in ("logistic", "knn", "mlp"):
         f1 = {
-            name: score(scjax.eval.annotation(x, label, group, n_boot=0), "macro_f1", head=head, group=MEAN)
+            name: score(
+                scjax.eval.annotation(x, label, group, heads=(head,), n_boot=0),
+                "macro_f1",
+                head=head,
+                group=MEAN,
+            )
             for name, x in X.items()
         }
         assert f1["oracle"] == 1 and f1["oracle"] > f1["good"] > f1["weak"] > f1["noise"] + 0.05, f1
@@ -32,16 +37,17 @@ def test_annotation_orders_embeddings_by_their_quality():
 def test_a_label_without_signal_scores_high_over_cells_and_near_chance_over_donors():
     donor = np.repeat(np.arange(12), 30)
     disease = np.array(["case", "control"])[donor % 2]  # a property of the donor, with no effect on any cell
-    over_cells, over_donors = [], []
+    over_cells, over_donors, probed = [], [], []
     for seed in range(4):
         rng = np.random.default_rng(seed)
         X = rng.normal(size=(12, 10))[donor] * 1.5 + rng.normal(size=(360, 10))
-        cells = scjax.eval.annotation(X, disease, n_boot=0)
-        donors = scjax.eval.annotation(X, disease, donor, n_boot=0)
+        cells = scjax.eval.annotation(X, disease, heads=("knn", "logistic"), n_boot=0)
+        donors = scjax.eval.annotation(X, disease, donor, heads=("knn", "logistic"), n_boot=0)
         over_cells.append(score(cells, "accuracy", head="knn"))
         over_donors.append(score(donors, "accuracy", head="knn", group=MEAN))
         assert "CELLS" in cells.rows[0]["split_scheme"] and "CELLS" not in donors.rows[0]["split_scheme"]
-    assert np.mean(over_cells) > 0.85 and np.mean(over_donors) < 0.65
+        probed.append(score(donors, "accuracy", head="logistic", group=MEAN))
+    assert np.mean(over_cells) > 0.85 and np.mean(over_donors) < 0.65 and np.mean(probed) < 0.65
 
 
 def test_few_groups_are_each_held_out_and_reported_apart():
@@ -301,6 +307,18 @@ def test_types_that_cannot_be_held_out_are_refused_or_left_out():
     groups = {r["group"] for r in found.rows if r["label"] == "t3"}
     value = {r["head"]: r["value"] for r in found.rows if r["label"] == "t3" and r["metric"] == "auroc"}
     assert groups == {MEAN} and value["knn"] > 0.9  # of the one group that has it
+
+
+def test_without_groups_few_labels_and_unseen_types_are_split_over_cells_and_say_so():
+    X, label, *_ = planted(n=200)
+    for found in (
+        few_shot.few_shot(X["good"], label, n_boot=20),
+        unseen.unseen(X["good"], label, n_boot=20),
+    ):
+        rows = [r for r in found.rows if not r["label"]]
+        assert {r["group"] for r in rows} == {"all cells"} and "CELLS" in rows[0]["split_scheme"]
+        assert all(r["ci_low"] <= r["value"] <= r["ci_high"] for r in rows)
+        assert len({(r["metric"], r["head"], r["setting"]) for r in rows}) == len(rows)
 
 
 def test_two_labels_leave_unseen_types_out_of_a_run():

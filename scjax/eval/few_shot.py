@@ -52,8 +52,8 @@ def few_shot(
         budgets: cells per label.
 
     Returns:
-        Macro-F1, balanced accuracy and accuracy, ``setting`` "5 per label", per held-out group and their
-        mean.
+        Macro-F1, balanced accuracy and accuracy, ``setting`` "5 per label": values per held-out group, and
+        their mean with an interval.
 
     Raises:
         ValueError: as :func:`scjax.eval.annotation`.
@@ -139,15 +139,10 @@ def _add(
     over = "percentile bootstrap over draws and"
     for metric in METRICS:
         for group, draws in scores.items():
-            of_group = " of the held-out group" if cells.group is not None else ""
-            out.add(
-                combined([d[metric] for d in draws]),
-                **about,
-                metric=metric,
-                group=group,
-                n_cells=len(parts[group]),
-                ci_method=f"{over} cells{of_group}",
-            )
+            alone = cells.group is None  # single groups get values, their mean the interval
+            score = combined([d[metric] for d in draws])[: None if alone else 1]
+            of = {"metric": metric, "group": group, "n_cells": len(parts[group])}
+            out.add(score, **about, **of, ci_method=f"{over} cells")
         if cells.group is not None:
             means, method = [], ""
             for draw in range(N_DRAWS):

@@ -55,7 +55,7 @@ def unseen(
 
     Returns:
         AUROC (0.5: chance), average precision and the false positive rate at 95 % recall: per held-out type
-        (``label``), per group, and their mean.
+        (``label``), values per group, and their mean.
 
     Raises:
         ValueError: as :func:`scjax.eval.annotation`; fewer than three labels; no type with five cells in a
@@ -181,8 +181,8 @@ def _add(
             for group in groups:
                 found = [v for (_, g), v in values.items() if g == group]
                 by_group[group] = _mean(found)
-                if cells.group is not None:
-                    out.add(by_group[group], **about, head=head, metric=metric, group=group, ci_method=within)
+                if cells.group is not None:  # single groups get values, their mean the interval
+                    out.add(by_group[group][:1], **about, head=head, metric=metric, group=group)
             if cells.group is not None:
                 overall, method = stats.over_groups(
                     list(by_group.values()), n_boot, seed, "annotation groups"
