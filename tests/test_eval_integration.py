@@ -13,9 +13,10 @@ import pytest
 from planted import planted, score
 
 import scjax.eval
-from scjax.eval import environment, schema, stats
+from scjax.eval import environment, stats
 from scjax.eval.clustering import _score
 from scjax.eval.integration import AXES
+from scjax.eval.tasks import TASKS
 
 GOLDEN = Path(__file__).parent / "golden" / "eval_scib.npz"  # made by the script beside it
 
@@ -126,7 +127,7 @@ def test_noise_mixes_best_and_does_not_win():
     found = {n: axes(scjax.eval.integration(X[n], label, batch, n_boot=0)) for n in ("model", "noise")}
     assert found["noise"][1] > found["model"][1] + 0.05  # which is why the axes are never summed
     assert found["model"][0] > found["noise"][0] + 0.2
-    task = schema.TASKS["integration"]
+    task = TASKS["integration"]
     assert task.leading[0].metric == "bio" and "noise" in task.blind
 
 

@@ -12,8 +12,9 @@ from sklearn.cross_decomposition import CCA
 from scjax.eval import joint_space
 from scjax.eval.modalities import matching, modality_prediction
 from scjax.eval.results import Results
-from scjax.eval.schema import MEAN, TASKS
+from scjax.eval.schema import MEAN
 from scjax.eval.splits import Fold, folds
+from scjax.eval.tasks import TASKS
 
 N_GENES, N_PROTEINS = 60, 12
 

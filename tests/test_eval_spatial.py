@@ -13,9 +13,10 @@ from scjax.eval import regression, space
 from scjax.eval.annotation import annotation
 from scjax.eval.imputation import imputation
 from scjax.eval.results import Results
-from scjax.eval.schema import MEAN, TASKS
+from scjax.eval.schema import MEAN
 from scjax.eval.spatial import spatial
 from scjax.eval.splits import Fold
+from scjax.eval.tasks import TASKS
 
 N_GENES = 24
 

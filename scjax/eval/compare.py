@@ -9,7 +9,8 @@ from typing import Any
 
 from scjax.eval import stats
 from scjax.eval.results import Results, key
-from scjax.eval.schema import MEAN, TASKS
+from scjax.eval.schema import MEAN
+from scjax.eval.tasks import TASKS
 from scjax.eval.verdict import BEST, TWIN
 
 _PLACE = ("task", "track", "head", "setting")  # what is compared lies at one place of the tables

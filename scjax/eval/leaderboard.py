@@ -12,7 +12,8 @@ import pandas as pd
 
 from scjax.eval import stats, tables, verdict
 from scjax.eval.results import Results
-from scjax.eval.schema import MEAN, METRICS, TASKS
+from scjax.eval.schema import MEAN, METRICS
+from scjax.eval.tasks import TASKS
 
 COLUMNS = (
     "dataset",

@@ -15,7 +15,7 @@ from scjax.eval import stats
 from scjax.eval.perturbation_baselines import Predictor
 from scjax.eval.perturbation_data import Condition, Fold, Study
 from scjax.eval.results import Results
-from scjax.eval.schema import TASKS
+from scjax.eval.tasks import TASKS
 
 EXPRESSED = 1000  # genes with the highest expression in control cells, over which errors are taken
 CANDIDATES = 100  # real conditions among which a predicted one is looked for

@@ -13,7 +13,8 @@ import pandas as pd
 
 from scjax.eval import charts, figures, tables, verdict
 from scjax.eval.environment import missing
-from scjax.eval.schema import MEAN, METRICS, TASKS
+from scjax.eval.schema import MEAN, METRICS
+from scjax.eval.tasks import TASKS
 
 if TYPE_CHECKING:
     from scjax.eval.results import Results

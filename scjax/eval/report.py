@@ -15,7 +15,8 @@ import pandas as pd
 from scjax.eval import pictures, tables, verdict
 from scjax.eval.environment import missing, version
 from scjax.eval.pictures import Curves, Picture
-from scjax.eval.schema import MEAN, METRICS, TASKS
+from scjax.eval.schema import MEAN, METRICS
+from scjax.eval.tasks import TASKS
 
 if TYPE_CHECKING:
     from scjax.eval.results import Results

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from scjax.eval import stats, tables, verdict
-from scjax.eval.schema import BLANK, KEY, METRICS, SCHEMA_VERSION, TASKS
+from scjax.eval.schema import BLANK, KEY, METRICS, SCHEMA_VERSION
+from scjax.eval.tasks import TASKS
 
 
 def row(**fields: Any) -> dict[str, Any]:

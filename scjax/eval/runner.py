@@ -21,7 +21,7 @@ from scjax.eval.integration import integration
 from scjax.eval.ontology import Ontology, read_ontology
 from scjax.eval.representations import Representation, controls_of, gather, twin_names
 from scjax.eval.results import Results
-from scjax.eval.schema import TASKS
+from scjax.eval.tasks import TASKS
 from scjax.eval.unseen import unseen
 
 CELL_TASKS = ("annotation", "annotation/few-shot", "annotation/unseen", "clustering", "integration")

@@ -97,7 +97,7 @@ def split(cells: Cells, seed: int) -> tuple[list[Fold], str]:
     for train, test in found:
         classes = np.unique(cells.label[train])
         if len(classes) < 2:
-            groups = [] if cells.group is None else np.unique(cells.group[test])
+            groups: Any = [] if cells.group is None else np.unique(cells.group[test])
             held_out = ", ".join(cells.group_names[g] for g in groups)
             raise ValueError(
                 f"holding out {held_out} leaves a single label to train on "

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from scjax.eval.schema import HEADS, MEAN, METRICS, TASKS, Columns
+from scjax.eval.schema import HEADS, MEAN, METRICS
+from scjax.eval.tasks import TASKS, Columns
 
 if TYPE_CHECKING:
     from scjax.eval.verdict import Gate

@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 
 from scjax.eval import tables
-from scjax.eval.schema import MEAN, METRICS, TASKS, Leading
+from scjax.eval.schema import MEAN, METRICS
+from scjax.eval.tasks import TASKS, Leading
 
 
 class Gate(NamedTuple):
@@ -112,7 +113,7 @@ def _apart(rows: pd.DataFrame) -> pd.DataFrame:
     return single if 0 < single["group"].nunique() <= 3 else rows[rows["group"] == MEAN]
 
 
-def _controls(model: str, score: Leading, frame: pd.DataFrame) -> Iterator[Gate]:
+def _controls(model: str, score: Score, frame: pd.DataFrame) -> Iterator[Gate]:
     """Controls that know nothing of what is asked must score below the model."""
     task = TASKS[score.task]
     rows = frame[frame["model_id"].isin(task.blind) & frame["metric"].eq(score.metric)]
