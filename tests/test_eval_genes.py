@@ -87,6 +87,13 @@ def test_sets_order_tables_by_what_they_know(scored):
     assert np.isclose(of_sets["value"].mean(), macro)
 
 
+def test_frequency_is_chance_whatever_the_sizes_of_families():
+    tables, label, _ = planted()
+    families = {g: "big" if i < 70 else f"f{i // 3}" for i, g in enumerate(GENES)}
+    results = scjax.eval.genes({"m": tables["good"]}, {"t": label}, families=families, n_boot=0, repeats=1)
+    assert values(results, "auroc", head="frequency") == {"frequency": 0.5}
+
+
 def test_frequency_is_chance_and_its_precision_the_prevalence(scored):
     _, label, _ = planted()
     assert values(scored, "auroc", head="frequency") == {"frequency": 0.5}

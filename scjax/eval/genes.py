@@ -124,14 +124,14 @@ def genes(
                 f"{track}: of {len(y)} genes in all tables {int(y.sum())} are labelled 1 and "
                 f"{int((~y).sum())} 0; {min_genes} of each are needed"
             )
-        features = _features(named, kinds, common, y, rivals, seed)
+        features = _features(named, kinds, common, y, rivals, repeats, seed)
         _score(out, PROPERTY, track, common, y, [track], features, families, repeats, n_boot, seed)
     for track, sets in (collections or {}).items():
         all_genes = background if background is not None else (g for s in sets.values() for g in s)
         common = universe(sorted({str(g) for g in all_genes}), track, 2 * min_genes)
         names, y = _memberships(sets, common, track, min_genes, max_sets, seed)
         facts.setdefault("sets", {})[track] = {"scored": len(names), "given": len(sets), "genes": len(common)}
-        features = _features(named, kinds, common, y, rivals, seed)
+        features = _features(named, kinds, common, y, rivals, repeats, seed)
         _score(out, SETS, track, common, y, names, features, families, repeats, n_boot, seed)
     if rivals is None:
         note = "expression data were not given (expression=): the simplest rivals are missing"
@@ -225,9 +225,10 @@ def _features(
     common: Sequence[str],
     y: np.ndarray,
     expression: Expression | None,
+    repeats: int,
     seed: int,
 ) -> dict[str, tuple[str, np.ndarray]]:
-    """Name → kind and features of the common genes, models first."""
+    """Name → kind and features of the common genes, models first; "random" has new ones for every repeat."""
     rng = np.random.default_rng([seed, 6])
     order = ("model", "control", "baseline")
     out = {
@@ -238,7 +239,7 @@ def _features(
     if expression is not None:
         at = pd.Index(expression.genes).get_indexer(list(common))
         out |= {name: ("baseline", X[at]) for name, X in expression_tables(expression, at, seed).items()}
-    out["random"] = ("control", rng.normal(size=(len(common), width)).astype(np.float32))
+    out["random"] = ("control", rng.normal(size=(repeats, len(common), width)).astype(np.float32))
     out["frequency"] = ("control", np.zeros((len(common), 0), np.float32))
     out["oracle"] = ("oracle", (y + 0.05 * rng.normal(size=y.shape)).astype(np.float32))
     return out
@@ -377,17 +378,17 @@ def _score(
         "metric_impl": f"scjax.eval; heads scikit-learn=={sklearn.__version__}",
     }
     for name, (kind, X) in features.items():
-        heads = HEADS if X.shape[1] else {"frequency": frequency}
+        heads = HEADS if X.shape[-1] else {"frequency": frequency}
         for head, fit in heads.items():
             if task == SETS and head == "logistic":
                 continue
             raw, ranks = np.zeros((repeats, *y.shape)), np.zeros((repeats, *y.shape))
             for r, parts in enumerate(drawn):
                 for fold in parts:
-                    guess = fit(X, y, fold)
+                    guess = fit(X[r] if X.ndim == 3 else X, y, fold)
                     raw[r, fold.test] = guess
                     # Ranked within the fold: models of different folds have offsets of their own.
-                    ranks[r, fold.test] = rankdata(guess.round(12), axis=0) / len(guess)
+                    ranks[r, fold.test] = (rankdata(guess.round(12), axis=0) - 0.5) / len(guess)
             row = {**about, "model_id": name, "model_kind": kind, "head": head}
             if task == PROPERTY:
                 found = [stats.ranking(s[:, 0], y[:, 0], weights[:, unit]) for s in ranks]

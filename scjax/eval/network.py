@@ -157,7 +157,6 @@ def _score(
     out: Results, track: str, space: Universe, lines: Sequence[Scores], n_boot: int, seed: int
 ) -> None:
     """Add average precision and its kin for every line."""
-    i, j = np.nonzero(space.pair)
     few = len(space.regulators) < stats.FEW_GROUPS
     n_units = len(space.targets) if few else len(space.regulators)
     weights = stats.resample(n_units, n_boot, seed, f"network/{track}")
@@ -179,40 +178,52 @@ def _score(
             "metric_impl": f"scjax.eval; scikit-learn=={sklearn.__version__}",
             "note": line.note,
         }
-        either, known, first, second = space.either_way(line.strength)
-        for setting, score, edge, unit in (
-            (DIRECTED, line.strength[i, j], space.truth[i, j], j if few else i),
-            (UNDIRECTED, either, known, second if few else first),
-        ):
-            ranking = Ranking(score, edge, unit, n_units)
-            row = {**about, "setting": setting, "n_cells": len(score)}
-            precision = ranking.average_precision(weights)
-            found = {
-                "average_precision": precision,
-                "auprc_ratio": precision / ranking.prevalence(weights),
-                "epr": ranking.early_precision(weights, line.floor),
-            }
-            for metric, value in found.items():
-                out.add(stats.centred(value), metric=metric, **row)
+        draws = line.strength if line.strength.ndim == 3 else line.strength[None]
+        for setting in (DIRECTED, UNDIRECTED):
+            found = [_pooled(space, draw, line.floor, setting, few, weights) for draw in draws]
+            n = int(space.pair.sum()) if setting == DIRECTED else len(space.either_way(draws[0])[0])
+            for metric in found[0][0]:
+                score = np.mean([values[metric] for values, _ in found], axis=0)
+                out.add(score, metric=metric, setting=setting, n_cells=n, **about)
             if setting == DIRECTED:
                 panel = {"panel": "pr_curve", "task": TASK, "track": track, "model_id": line.name}
-                out.panels.append(panel | {"model_kind": line.kind} | ranking.curve())
+                out.panels.append(panel | {"model_kind": line.kind} | found[0][1].curve())
         row = {**about, "setting": DIRECTED}
         if len(rich):
             of_each = np.full(len(space.regulators), np.nan)
             for t in rich:
                 mine = space.pair[t]
-                of_each[t] = average_precision_score(space.truth[t, mine], line.strength[t, mine])
+                known = space.truth[t, mine]
+                of_each[t] = np.mean([average_precision_score(known, draw[t, mine]) for draw in draws])
                 if t in shown:
                     label = {"label": space.regulators[t], "n_cells": int(n_targets[t])}
                     out.add(of_each[[t]], metric="tf_ap", **{**row, **label})
             score = of_each[rich].mean(keepdims=True) if few else stats.mean(of_each, weights)
             out.add(score, metric="tf_ap", **{**row, "n_cells": len(rich)})
-        _direction(out, space, line, row, None if few else weights)
+        _direction(out, space, draws, row, None if few else weights)
+
+
+def _pooled(
+    space: Universe, strength: np.ndarray, floor: float, setting: str, few: bool, weights: np.ndarray
+) -> tuple[dict[str, np.ndarray], Ranking]:
+    """Scores of one ranking of all pairs, ordered or not, and the ranking."""
+    if setting == UNDIRECTED:
+        score, edge, first, second = space.either_way(strength)
+    else:
+        first, second = np.nonzero(space.pair)
+        score, edge = strength[first, second], space.truth[first, second]
+    ranking = Ranking(score, edge, second if few else first, weights.shape[1])
+    precision = ranking.average_precision(weights)
+    found = {
+        "average_precision": precision,
+        "auprc_ratio": precision / ranking.prevalence(weights),
+        "epr": ranking.early_precision(weights, floor),
+    }
+    return found, ranking
 
 
 def _direction(
-    out: Results, space: Universe, line: Scores, row: Mapping[str, Any], weights: np.ndarray | None
+    out: Results, space: Universe, draws: np.ndarray, row: Mapping[str, Any], weights: np.ndarray | None
 ) -> None:
     """Add how often an edge between two regulators scores higher than its reverse, ties half."""
     i, j = np.nonzero(space.truth & space.pair)
@@ -221,9 +232,9 @@ def _direction(
     one_way = ~space.truth[back, space.as_target[i]]
     i, j, back = i[one_way], j[one_way], back[one_way]
     if len(i) >= MIN_EDGES:
-        gap = line.strength[i, j] - line.strength[back, space.as_target[i]]
+        gap = draws[:, i, j] - draws[:, back, space.as_target[i]]
         gap = np.where(np.abs(gap) < 1e-6, 0, gap)  # equal but for rounding
-        right = (np.sign(gap) + 1) / 2
+        right = ((np.sign(gap) + 1) / 2).mean(0)
         score = right.mean(keepdims=True) if weights is None else stats.mean(right, weights[:, i])
         out.add(score, metric="edge_direction", **{**row, "n_cells": len(i)})
 
@@ -252,6 +263,7 @@ def _score_signs(
                 "metric_impl": "scjax.eval",
                 "note": line.note,
             }
-            found = stats.ranking(line.signed[i, j], positive, weights)
+            draws = line.signed if line.signed.ndim == 3 else line.signed[None]
+            found = [stats.ranking(draw[i, j], positive, weights) for draw in draws]
             for metric in ("auroc", "average_precision"):
-                out.add(found[metric], metric=metric, **about)
+                out.add(np.mean([f[metric] for f in found], axis=0), metric=metric, **about)

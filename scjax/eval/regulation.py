@@ -16,6 +16,7 @@ from scjax.eval import gene_sets
 from scjax.eval.baselines import Expression
 
 N_FOLDS, MIN_EDGES, MAX_CELLS = 5, 10, 3000
+N_DRAWS = 5  # of random scores, whose results are averaged
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Scores:
 
     name: str
     kind: str
-    strength: np.ndarray  # float[regulators, targets], finite
+    strength: np.ndarray  # float[regulators, targets], finite; random ones [draws, regulators, targets]
     signed: np.ndarray | None = None  # the same with a sign: above zero activates
     floor: float = -np.inf  # pairs at this score were not predicted
     note: str = ""
@@ -214,7 +215,7 @@ def rivals(space: Universe, expression: Expression | None, seed: int) -> list[Sc
         out.append(Scores("expression_level", "baseline", np.outer(mean[of], mean)))
     by_sign = _other_signs(space.sign, rng)
     out.append(Scores("regulator_sign", "baseline", np.abs(by_sign), by_sign))
-    noise = rng.normal(size=space.truth.shape)
+    noise = rng.normal(size=(N_DRAWS, *space.truth.shape))
     out.append(Scores("random", "control", noise, noise))
     jitter = 0.5 * rng.random(space.truth.shape)
     out.append(Scores("oracle", "oracle", space.truth + jitter, space.sign + jitter))
