@@ -251,7 +251,8 @@ def _precision_recall(panels: list[dict[str, Any]], rows: pd.DataFrame) -> Itera
     tracks = list(dict.fromkeys(p.get("track", "") for p in panels))
     for i in range(0, len(tracks), 6):
         part = tracks[i : i + 6]
-        of = _drawn([p for p in panels if p.get("track", "") in part], rows)
+        here = [p for p in panels if p.get("track", "") in part and p["model_kind"] != "oracle"]
+        of = _drawn(here, rows)
         if of:
             name = "Precision and recall" + (f", {part[0]} to {part[-1]}" if len(tracks) > 6 else "")
             caption = "Orange dots: the prevalence, which is what a random ranking reaches."

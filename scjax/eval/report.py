@@ -104,7 +104,7 @@ def contents(
         "no_maps": next(skipped, ""),
         "no_pictures": "" if drawing else missing("matplotlib"),
         "card": card(results.facts, facts),
-        "rows": {n: WHAT[n] for n in WHAT if n in set(frame["model_id"].str.split(" of ").str[0])},
+        "rows": {name: text for name, text in WHAT.items() if name in _on_cells(frame)},
         "scjax": version("scjax"),
     }
 
@@ -213,6 +213,12 @@ def _verdict(frame: pd.DataFrame, model: str) -> dict[str, Any]:
     return {"model": model, "lines": lines, "summary": verdict.summary(frame, model)}
 
 
+def _on_cells(frame: pd.DataFrame) -> set[str]:
+    """Representations of cells; elsewhere the same names (pca, oracle) mean other things."""
+    of_cells = frame["task"].str.startswith(("annotation", "clustering", "integration", "spatial/niche"))
+    return {str(m).partition(" of ")[0] for m in frame.loc[of_cells, "model_id"]}
+
+
 # --------------------------------------------------------------------------------- data card
 WHAT = {
     "random_init": "the same architecture before training: what it knows comes from the architecture and the "
@@ -292,6 +298,8 @@ def _said(key: str, facts: Mapping[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     """A fact as text: ``B cell (120), NK cell (33)``."""
+    if isinstance(value, Mapping) and any(isinstance(v, Mapping) for v in value.values()):
+        return "; ".join(f"{k}: {_plain(v)}" for k, v in value.items())
     if isinstance(value, Mapping):
         every = [f"{k} ({_plain(v)})" for k, v in value.items()]
     elif isinstance(value, (list, tuple, set)):
