@@ -19,7 +19,7 @@ import pandas as pd
 from scjax.eval import Results, tables, verdict
 from scjax.eval.schema import MEAN
 
-KINDS = ("cells",)
+KINDS = ("perturbation", "genes", "network", "modalities", "spatial", "training", "cells")
 COMMAND = "python tools/bench_eval.py --data ../shared/data --model runs/quickstart --out benchmarks/eval"
 HEAD = f"""# Evaluation on real data
 
@@ -52,6 +52,8 @@ def main() -> None:
                 continue
             begun = time.perf_counter()
             results = make()
+            for row in results.rows:
+                row["pretrain_overlap"] = results.facts.get("pretrain_overlap", "unknown")
             results.to_jsonl(args.out / f"{name}.jsonl.gz")
             results.report(args.out / f"{name}.md", title=title)
             if args.html:

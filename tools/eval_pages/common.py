@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
+import numpy as np
 import pandas as pd
 
 from scjax.eval import Results
+from scjax.eval.overlap import Overlap, pretrain_overlap
 
 MODEL, TWIN = "X_scjax", "X_scjax_random_init"
 Page = tuple[str, str, Callable[[], Results]]  # file name without suffix, title, what makes the results
@@ -44,6 +47,23 @@ class Subject:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+def seen(model: Path | None, adata: ad.AnnData) -> Overlap:
+    """Whether the corpus that a run was trained on holds these cells; unknown where it is not at hand."""
+    from scjax.corpus import Corpus, write_hashes
+    from scjax.train import read_run
+
+    try:
+        corpus = Corpus.open(read_run(model).config["data"]["corpus"]) if model else None
+    except (OSError, ValueError):
+        corpus = None
+    if corpus is None:
+        return Overlap("unknown", np.nan, "the corpus of the model is not at hand")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "hashes.npz"
+        write_hashes(corpus, file, progress=False)
+        return pretrain_overlap(adata, file)
+
+
 def embedded(data: Path, adata: ad.AnnData, model: Path | None, *further: str) -> Subject:
     """Put the embeddings of ``model`` and of its random twin into obsm, if it knows enough of the genes.
 
@@ -68,6 +88,8 @@ def embedded(data: Path, adata: ad.AnnData, model: Path | None, *further: str) -
         return subject
     for key in (MODEL, TWIN):
         adata.obsm[key] = cells.obsm[key]
+    overlap = seen(model, cells)
+    subject.facts |= {"pretrain_overlap": overlap.verdict, "overlap of cells": overlap.note}
     subject.embeddings.append(MODEL)
     subject.controls["random_init"] = {MODEL: TWIN}
     return subject

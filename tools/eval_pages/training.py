@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,11 +9,10 @@ from typing import Any
 
 import anndata as ad
 import numpy as np
-from eval_pages.common import MODEL, Page, embedded, read
+from eval_pages.common import MODEL, Page, embedded, read, seen
 
 import scjax.eval
 from scjax.eval import Results
-from scjax.eval.overlap import Overlap, pretrain_overlap
 
 BLOOD, COUNT = "kang_ctrl_8donors_10x", 2000  # cells masked
 PBMC = "pbmc3k_10xv1"
@@ -30,29 +28,11 @@ def pages(data: Path, model: Path | None) -> Iterator[Page]:
         yield "invariance", "Does a cell stand for itself?", partial(_invariance, data, model)
 
 
-def seen(model: Path | None, adata: ad.AnnData) -> Overlap:
-    """Whether the corpus that a run was trained on holds these cells; unknown where it is not at hand."""
-    from scjax.corpus import Corpus, write_hashes
-    from scjax.train import read_run
-
-    try:
-        corpus = Corpus.open(read_run(model).config["data"]["corpus"]) if model else None
-    except (OSError, ValueError):
-        corpus = None
-    if corpus is None:
-        return Overlap("unknown", np.nan, "the corpus of the model is not at hand")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "hashes.npz"
-        write_hashes(corpus, file, progress=False)
-        return pretrain_overlap(adata, file)
-
-
 def _diagnostics(data: Path, model: Path | None, name: str) -> Results:
     adata = read(data, name)
     subject = embedded(data, adata, model)
     if not subject.embeddings:
         raise ValueError("diagnostics of the development data need a model (--model)")
-    found = seen(model, adata)
     group = "donor" if "donor" in adata.obs and adata.obs["donor"].nunique() > 1 else None
     results = scjax.eval.diagnostics(
         adata,
@@ -60,9 +40,8 @@ def _diagnostics(data: Path, model: Path | None, name: str) -> Results:
         group_key=group,
         controls=subject.controls,
         dataset=name,
-        pretrain_overlap=found.verdict,
     )
-    results.facts |= subject.facts | {"pretraining overlap": found.note}
+    results.facts |= subject.facts
     return results
 
 
@@ -76,8 +55,7 @@ def _masked(data: Path, model: Path) -> Results:
     truth, mask, mine = _hidden(handle, adata)
     _, again, twin = _hidden(handle.random_twin(), adata)
     assert (mask == again).all()  # masks come from (key, row, gene), not from parameters
-    found = seen(model, adata)
-    return scjax.eval.masked_error(
+    results = scjax.eval.masked_error(
         truth,
         {MODEL: mine, "random_init": twin},
         mask,
@@ -85,8 +63,9 @@ def _masked(data: Path, model: Path) -> Results:
         genes=handle.vocabulary.symbols,
         twins={MODEL: "random_init"},
         dataset=BLOOD,
-        pretrain_overlap=found.verdict,
     )
+    results.facts["pretrain_overlap"] = seen(model, adata).verdict
+    return results
 
 
 def _hidden(handle: Any, adata: ad.AnnData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
