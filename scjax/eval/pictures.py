@@ -53,12 +53,13 @@ def of_task(results: Results, frame: pd.DataFrame, task: str) -> list[Picture]:
     out += _overview(frame, task)
     if task == FEW_SHOT:
         out += _few_shot(rows)
-    if task == "integration" and rows["status"].eq("ok").any():
+    for track, of in rows[rows["status"].eq("ok")].groupby("track") if task == "integration" else ():
         caption = (
             "Up: cell types stay apart. Right: batches mix. Blue: models; orange: random-initialised twin; "
             "black: baselines; grey: controls; green: oracle (the labels themselves)."
         )
-        out.append(Picture("Bio conservation against batch mixing", figures.bio_and_batch(frame), caption))
+        name = "Bio conservation against batch mixing" + f", {track}" * bool(track)
+        out.append(Picture(name, figures.bio_and_batch(of), caption))
     drawers: dict[str, Callable[[list[dict[str, Any]], pd.DataFrame], Iterator[Picture]]] = {
         "confusion": _confusions,
         "calibration": _calibration,
