@@ -90,10 +90,11 @@ def leaderboard(sources: Iterable[Source], *, allow_unknown: bool = False) -> pd
         side by side; a model twice.
     """
     rows: list[dict[str, Any]] = []
-    for source in sources:
-        results = source if isinstance(source, Results) else Results.read(source)
-        name = "" if isinstance(source, Results) else os.fspath(source)
-        rows += _entries(results, name or results.facts.get("dataset") or "results")
+    for number, source in enumerate(sources, 1):
+        if isinstance(source, Results):
+            rows += _entries(source, f"results {number}")
+        else:
+            rows += _entries(Results.read(source), os.fspath(source))
     if not any(r["kind"] == "model" for r in rows):
         raise ValueError("no scores of models to rank in these results")
     unknown = {r["model"]: r["source"] for r in rows if r["pretrain_overlap"] == "unknown"}
