@@ -38,7 +38,13 @@ alone = scjax.eval.annotation(X, label, donor, n_boot=20)
 assert [r for r in alone.rows if r["metric"] == "macro_f1" and r["value"] > 0.5]
 keys = dict(label_key="kind", group_key="donor", batch_key="batch")
 results = scjax.eval.run(adata, ["X_other"], **keys, n_boot=20)
-assert {{"annotation", "clustering", "integration"}} <= {{r["task"] for r in results.rows}}
+assert {{"annotation", "clustering", "integration", "diagnostics"}} <= {{r["task"] for r in results.rows}}
+genes = pd.DataFrame(rng.normal(size=(60, 8)), index=adata.var_names)
+known = {{g: int(x) for g, x in zip(adata.var_names, genes[0] > 0)}}
+assert scjax.eval.genes({{"table": genes}}, {{"half": known}}, expression=adata, n_boot=20).rows
+adata.obsm["protein"] = pd.DataFrame(adata.X[:, :6], index=adata.obs_names, columns=list("abcdef"))
+assert scjax.eval.matching(adata, "protein", {{"joint": (X, X + 0.01)}}, n_boot=20).rows
+assert scjax.eval.modality_prediction(adata, "protein", embeddings=["X_other"], n_boot=20).rows
 results.to_jsonl("results.jsonl")
 page = results.report("report.html").read_text()
 assert "X_other" in page and "data:image/svg+xml" in page

@@ -96,3 +96,17 @@ def test_a_correction_counts_every_model_of_the_task():
     one = few[few["versus"].ne("")].iloc[0]
     same = all_[all_["versus"].ne("") & all_["model_id"].eq("m0")].iloc[0]
     assert one["p_holm"] == one["p_value"] == same["p_value"] < same["p_holm"]
+
+
+def test_rows_are_written_compressed_and_as_parquet(tmp_path):
+    import pandas as pd
+
+    results = conclude(rows("bio", m=np.array([0.7, 0.69, 0.71]), pca=np.array([0.6, 0.61, 0.59])))
+    results.facts = {"dataset": "d"}
+    results.to_jsonl(tmp_path / "r.jsonl.gz")
+    assert (tmp_path / "r.jsonl.gz").read_bytes()[:2] == b"\x1f\x8b"
+    assert Results.read(tmp_path / "r.jsonl.gz").rows == results.rows
+    results.to_parquet(tmp_path / "r.parquet")
+    back = pd.read_parquet(tmp_path / "r.parquet")
+    assert list(back) == list(results.to_frame()) and back["value"].tolist() == [0.7, 0.6, pytest.approx(0.1)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.jsonl.gz", "r.parquet"]

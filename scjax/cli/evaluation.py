@@ -12,7 +12,14 @@ from typing import Any
 
 from scjax.cli.shared import add_reading, err, escape, out, read
 
-TASKS = ("annotation", "clustering", "integration")
+TASKS = (  # of scjax.eval.run, which is imported only when it is called
+    "annotation",
+    "annotation/few-shot",
+    "annotation/unseen",
+    "clustering",
+    "integration",
+    "diagnostics",
+)
 SUITES = ("perturbation", "genes", "network", "spatial", "modalities", "compare", "leaderboard")
 
 

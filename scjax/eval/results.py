@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from scjax.eval import stats, tables, verdict
+from scjax.eval.environment import missing
 from scjax.eval.schema import BLANK, KEY, METRICS, SCHEMA_VERSION
 from scjax.eval.tasks import TASKS
 
@@ -120,6 +121,17 @@ class Results:
             text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
             zipped = os.fspath(path).endswith(".gz")
             partial.write_bytes(gzip.compress(text, mtime=0) if zipped else text)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows, and they alone, as a parquet file (needs pyarrow); replaces ``path`` whole."""
+        if reason := missing("pyarrow"):
+            raise ImportError(f"parquet needs pyarrow, {reason}")
+        partial = Path(f"{os.fspath(path)}.partial")
+        try:
+            self.to_frame().to_parquet(partial, index=False)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

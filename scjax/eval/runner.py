@@ -13,8 +13,10 @@ import numpy as np
 
 from scjax.eval import checks
 from scjax.eval.annotation import annotation
+from scjax.eval.baselines import find_counts
 from scjax.eval.clustering import clustering, umap
 from scjax.eval.compare import conclude
+from scjax.eval.diagnostics import diagnose
 from scjax.eval.environment import missing, one_thread, provenance
 from scjax.eval.few_shot import few_shot
 from scjax.eval.integration import integration
@@ -24,7 +26,14 @@ from scjax.eval.results import Results
 from scjax.eval.tasks import TASKS
 from scjax.eval.unseen import unseen
 
-CELL_TASKS = ("annotation", "annotation/few-shot", "annotation/unseen", "clustering", "integration")
+CELL_TASKS = (
+    "annotation",
+    "annotation/few-shot",
+    "annotation/unseen",
+    "clustering",
+    "integration",
+    "diagnostics",
+)
 
 
 @one_thread
@@ -61,8 +70,8 @@ def run(
     Args:
         adata: cells with embeddings in obsm and labels in obs.
         embeddings: obsm keys to evaluate.
-        tasks: of "annotation", "annotation/few-shot", "annotation/unseen", "clustering", "integration";
-            None: all that the keys and labels given allow.
+        tasks: of "annotation", "annotation/few-shot", "annotation/unseen", "clustering", "integration",
+            "diagnostics"; None: all that the keys and labels given allow.
         label_key: obs column with the labels. Missing values and words such as "unknown" count as no label.
         batch_key: obs column with the batches to be integrated.
         group_key: obs column with the unit to generalise to (donor, study): annotation never trains and
@@ -107,6 +116,10 @@ def run(
     representations = gather(adata, cells.rows, embeddings, controls, counts, seed)
     representations += _controls(cells, representations[0], tasks, seed)
 
+    depth = None
+    if any(r.name == "depth_only" and not r.absent for r in representations):
+        depth = np.asarray(find_counts(adata, counts)[0][cells.rows].sum(1), np.float64).ravel()
+
     tree = None if ontology is None else read_ontology(ontology)
     shared: dict[str, Any] = {"min_class_size": min_class_size, "seed": seed, "n_boot": n_boot}
     names = np.array(cells.label_names)[cells.label]
@@ -131,6 +144,9 @@ def run(
             return (few_shot if task.endswith("few-shot") else unseen)(r.features, names, group_of, **about)
         if task == "clustering":
             return clustering(features(r), names, max_cells=graph_cells, **about)
+        if task == "diagnostics":
+            del about["min_class_size"]
+            return diagnose(features(r), depth, group_of, **about)
         pca = next((p for p in representations if p.name == "pca" and not p.absent), None)
         return integration(
             features(r),
@@ -217,9 +233,11 @@ def _controls(
     out = []
     if "annotation" in tasks:
         out.append(Representation("majority", "control", None, tasks=("annotation",), heads=("majority",)))
-    if "integration" in tasks:
+    whole = tuple(t for t in ("integration", "diagnostics") if t in tasks)
+    if whole:
         jitter = rng.normal(size=like.fitted(np.arange(len(cells))).shape).astype(np.float32)
-        out.append(Representation("collapsed", "control", 1 + 1e-3 * jitter, tasks=("integration",)))
+        out.append(Representation("collapsed", "control", 1 + 1e-3 * jitter, tasks=whole))
+    if "integration" in tasks:
         truth = np.eye(len(cells.label_names), dtype=np.float32)[cells.label]
         oracle = truth + 0.01 * rng.normal(size=truth.shape).astype(np.float32)
         out.append(Representation("oracle", "oracle", oracle, tasks=("integration",)))

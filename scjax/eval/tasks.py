@@ -284,7 +284,7 @@ TASKS: dict[str, Task] = {
             Columns("ridge regression", ("auroc", "average_precision"), {"head": "ridge"}),
         ),
         note="frequency: AUROC one half and an average precision equal to the share of genes with the "
-        "property. expression_level knows how much and how often a gene is expressed; much annotation follows "
+        "property. expression_level: how much and how often a gene is expressed; much annotation follows "
         "it.",
         blind=("random", "frequency"),
     ),
