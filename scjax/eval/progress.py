@@ -41,7 +41,7 @@ def each(items: Collection[T], what: str, name: Callable[[T], str] = str) -> Ite
     line = bar.add_task(what, total=len(items))
     try:
         for item in items:
-            bar.update(line, description=f"{what}: {name(item)}")
+            bar.update(line, description=f"{what}: {name(item)}", refresh=True)
             yield item
             bar.advance(line)
     finally:
