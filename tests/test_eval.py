@@ -425,6 +425,7 @@ def test_large_data_are_sampled_and_several_models_have_their_own_twins():
     assert against == {("X_good", "random_init of X_good"), ("X_other", "random_init of X_other")}
 
 
-def test_progress_is_shown_when_asked(capsys):
+def test_progress_is_shown_when_asked(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     scjax.eval.run(embedded(120), ["X_good"], ["annotation"], n_boot=0, maps=False, progress=True)
-    assert "evaluating" in capsys.readouterr().out
+    assert "evaluating: annotation, X_good" in capsys.readouterr().err

@@ -16,6 +16,7 @@ import sklearn
 from scjax.eval import checks, regression, splits, stats
 from scjax.eval.baselines import find_counts
 from scjax.eval.environment import one_thread, provenance
+from scjax.eval.progress import each
 from scjax.eval.representations import Representation, controls_of, gather, twin_names
 from scjax.eval.results import Results
 
@@ -73,7 +74,7 @@ def diagnostics(
     jitter = np.random.default_rng([seed, 5]).normal(size=size)
     representations.append(Representation("collapsed", "control", (1 + 1e-3 * jitter).astype(np.float32)))
     results = Results()
-    for r in representations:
+    for r in each(representations, "diagnostics", name=lambda r: r.name):
         about = {"task": "diagnostics", "model_id": r.name, "model_kind": r.kind}
         if r.absent:
             results.skip(r.absent, metric="effective_rank", **about)

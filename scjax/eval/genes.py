@@ -21,6 +21,7 @@ from scjax.eval import checks, environment, regression, splits, stats
 from scjax.eval.baselines import Expression, find_counts
 from scjax.eval.compare import conclude
 from scjax.eval.gene_sets import family_codes, gene_table, in_common
+from scjax.eval.progress import each
 from scjax.eval.ranking import Ranking, fmax
 from scjax.eval.representations import twin_names
 from scjax.eval.results import Results
@@ -377,7 +378,8 @@ def _score(
         "ci_method": f"percentile bootstrap over {over}, predictions kept",
         "metric_impl": f"scjax.eval; heads scikit-learn=={sklearn.__version__}",
     }
-    for name, (kind, X) in features.items():
+    for name in each(features, task):
+        kind, X = features[name]
         heads = HEADS if X.shape[-1] else {"frequency": frequency}
         for head, fit in heads.items():
             if task == SETS and head == "logistic":

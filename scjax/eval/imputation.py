@@ -19,6 +19,7 @@ from scjax.eval.compare import conclude
 from scjax.eval.environment import one_thread, provenance
 from scjax.eval.features import Entry
 from scjax.eval.neighbourhoods import COORDINATES
+from scjax.eval.progress import each
 from scjax.eval.representations import obsm, twin_names
 from scjax.eval.results import Results
 from scjax.eval.splits import Fold, folds
@@ -152,7 +153,8 @@ def imputation(
 
     panel: dict[str, list[float | None]] = {}
     everyone = np.ones((1, len(place)))
-    for name, way in ways.items():
+    for name in each(ways, TASK):
+        way = ways[name]
         if way.absent:
             out.skip(way.absent, **about, model_id=name, model_kind=way.kind, metric="feature_pearson")
             continue

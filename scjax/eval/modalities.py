@@ -22,6 +22,7 @@ from scjax.eval.baselines import Expression, find_counts
 from scjax.eval.compare import conclude
 from scjax.eval.environment import one_thread, provenance
 from scjax.eval.features import Entry, Scores
+from scjax.eval.progress import each
 from scjax.eval.representations import obsm, twin_names
 from scjax.eval.results import Results
 from scjax.eval.splits import folds
@@ -109,7 +110,8 @@ def matching(
     draws = joint_space.pools(sets, pool, seed)
     units = features.Units(group, group_names, n, n_boot, seed, MATCHING)
     out = Results()
-    for name, (kind, joint) in ways.items():
+    for name in each(ways, MATCHING):
+        kind, joint = ways[name]
         about = {
             "task": MATCHING,
             "model_id": name,
@@ -247,7 +249,8 @@ def modality_prediction(
                     out.add([value], **row, metric=metric, label=feature)
         panel[name] = features.listed(whole["feature_pearson"][0])
 
-    for name, way in ways.items():
+    for name in each(ways, PREDICTION):
+        way = ways[name]
         if way.absent:
             out.skip(way.absent, **about, model_id=name, model_kind=way.kind, metric="feature_pearson")
             continue

@@ -15,6 +15,7 @@ from sklearn.metrics import average_precision_score
 from scjax.eval import environment, gene_sets, regulation, stats
 from scjax.eval.baselines import Expression, find_counts
 from scjax.eval.compare import conclude
+from scjax.eval.progress import each
 from scjax.eval.ranking import Ranking
 from scjax.eval.regulation import MIN_EDGES, Scores, Universe
 from scjax.eval.representations import twin_names
@@ -94,7 +95,8 @@ def network(
     genes = regulation.targets(matrices, rivals, universe, min_detection)
     out = Results()
     facts: dict[str, Any] = {}
-    for track, table in tracks.items():
+    for track in each(tracks, TASK):
+        table = tracks[track]
         edges = gene_sets.edges(table, track or "truth")
         space = regulation.universe(edges, genes, track or "truth")
         n_pairs, n_edges = int(space.pair.sum()), int(space.truth.sum())

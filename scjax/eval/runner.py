@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import anndata as ad
@@ -21,6 +20,7 @@ from scjax.eval.environment import missing, one_thread, provenance
 from scjax.eval.few_shot import few_shot
 from scjax.eval.integration import integration
 from scjax.eval.ontology import Ontology, read_ontology
+from scjax.eval.progress import each, shown
 from scjax.eval.representations import Representation, controls_of, gather, twin_names
 from scjax.eval.results import Results
 from scjax.eval.tasks import TASKS
@@ -164,9 +164,8 @@ def run(
     pictures = [r for r in representations if maps and (r.kind == "model" or r.name in drawn)]
     results = Results()
     wall: dict[str, float] = {}
-    with _progress(progress, len(jobs) + len(pictures)) as advance:
-        for task, r in jobs:
-            advance(f"{task}: {r.name}")
+    with shown(progress):
+        for task, r in each(jobs, "evaluating", name=lambda job: f"{job[0]}, {job[1].name}"):
             begun = time.perf_counter()
             try:
                 scored = score(task, r)
@@ -182,7 +181,7 @@ def run(
         if pictures:
             begun = time.perf_counter()
             results.panels += _maps(
-                pictures, features, cells, label_key, batch_key or group_key, graph_cells, seed, advance
+                pictures, features, cells, label_key, batch_key or group_key, graph_cells, seed
             )
             wall["maps"] = round(time.perf_counter() - begun, 2)
     for entry in results.rows:
@@ -252,7 +251,6 @@ def _maps(
     side_key: str | None,
     n_cells: int,
     seed: int,
-    advance: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """UMAP panels of a stratified sample of the cells, with the codes to colour them by."""
     if reason := missing("scanpy", "igraph", "umap"):
@@ -266,8 +264,7 @@ def _maps(
     if side is not None and side_key is not None:
         colours["batch"] = {"key": side_key, "names": side_names, "codes": side[at].tolist()}
     panels: list[dict[str, Any]] = [{"panel": "colours", **colours}]
-    for r in pictures:
-        advance(f"map: {r.name}")
+    for r in each(pictures, "map", name=lambda r: r.name):
         if not r.absent:
             xy = umap(features(r)[at], seed)
             panels.append(
@@ -282,30 +279,3 @@ def _sizes(codes: np.ndarray | None, names: Sequence[str]) -> dict[str, int]:
         if codes is None
         else {n: int(c) for n, c in zip(names, np.bincount(codes, minlength=len(names)), strict=True)}
     )
-
-
-@contextlib.contextmanager
-def _progress(show: bool, total: int) -> Iterator[Callable[[str], None]]:
-    """A function to call before each piece of work with its name."""
-    if not show:
-        yield lambda text: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    look = (
-        TextColumn("evaluating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*look) as bar:
-        task = bar.add_task("", total=total)
-        first = [True]
-
-        def advance(text: str) -> None:
-            bar.update(task, advance=0 if first else 1, description=text)
-            first.clear()
-
-        yield advance
-        bar.update(task, completed=total, description="done")

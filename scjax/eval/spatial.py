@@ -19,6 +19,7 @@ from scjax.eval.compare import conclude
 from scjax.eval.environment import one_thread, provenance
 from scjax.eval.neighbourhoods import COORDINATES
 from scjax.eval.probes import HEADS
+from scjax.eval.progress import each
 from scjax.eval.representations import Representation, controls_of, gather, twin_names
 from scjax.eval.results import Results
 from scjax.eval.space import Space, Weights
@@ -190,7 +191,7 @@ def _niche(
     ]
     weights = space.resampled(place, n_boot, seed, NICHE)
     guesses: dict[str, np.ndarray] = {}
-    for r in representations:
+    for r in each(representations, "spatial/niche", name=lambda r: r.name):
         fields = neighbourhoods.fields(NICHE, r, scheme, place)
         if r.absent:
             out.skip(r.absent, **fields, metric="macro_f1")
