@@ -101,7 +101,7 @@ def gates(frame: pd.DataFrame, facts: Mapping[str, Any]) -> list[Gate]:
             found += _twin(model, score.pick(frame[frame["model_id"].eq(model)]))
         found += _batch_axis(model, frame)
         if model not in facts.get("twins", {}) and frame["task"].ne("invariance").any():
-            how = "(controls={'random_init': key}): what pretraining adds to its architecture is not known."
+            how = "(controls= or twins=): what pretraining adds to its architecture is not known."
             found.append(Gate("caution", f"No random-initialised twin of {model} was given {how}"))
     order = ("fail", "caution", "note", "pass")
     return sorted(dict.fromkeys(found), key=lambda gate: order.index(gate.level))
