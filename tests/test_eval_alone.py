@@ -53,19 +53,20 @@ print("ran", len(scjax.eval.Results.read("results.jsonl").rows))
 
 
 def closure(*names: str) -> set[str]:
-    """The distributions that these need, by their metadata, themselves included (extras left out)."""
-    found: set[str] = set()
-    wanted = list(names)
+    """The distributions that these need, by their metadata, themselves included."""
+    seen: set[tuple[str, str]] = set()
+    wanted = [(name, "") for name in names]
     while wanted:
-        name = re.sub(r"[-_.]+", "-", wanted.pop()).lower()
-        if name in found:
+        name, extra = wanted.pop()
+        name = re.sub(r"[-_.]+", "-", name).lower()
+        if (name, extra) in seen:
             continue
-        found.add(name)
+        seen.add((name, extra))
         for text in importlib.metadata.requires(name) or ():
             need = Requirement(text)
-            if need.marker is None or need.marker.evaluate({"extra": ""}):
-                wanted.append(need.name)
-    return found
+            if need.marker is None or need.marker.evaluate({"extra": extra}):
+                wanted += [(need.name, e) for e in ("", *need.extras)]
+    return {name for name, _ in seen}
 
 
 @pytest.fixture(scope="module")
