@@ -103,10 +103,7 @@ def evaluate(args: argparse.Namespace) -> int:
         batch_key=args.batch,
         group_key=args.group,
         controls={"random_init": twins} if twins else {},
-        counts=args.layer,
-        seed=args.seed,
-        n_boot=args.n_boot,
-        dataset=args.dataset or "",
+        **protocol(args),
         pretrain_overlap=_overlap(args, adata, facts),
         progress=True,
     )
@@ -131,13 +128,20 @@ def spatial(args: argparse.Namespace) -> int:
         group_key=args.group,
         coordinates=args.coordinates,
         controls={"random_init": twins} if twins else {},
-        counts=args.layer,
-        seed=args.seed,
-        n_boot=args.n_boot,
-        dataset=args.dataset or "",
+        **protocol(args),
         pretrain_overlap=_overlap(args, adata, facts),
     )
     return finish(args, results, directory, curves, facts)
+
+
+def protocol(args: argparse.Namespace) -> dict[str, Any]:
+    """What every suite is told: where raw counts are, name, resamples, seed."""
+    return {
+        "counts": args.layer,
+        "dataset": args.dataset or "",
+        "n_boot": args.n_boot,
+        "seed": args.seed,
+    }
 
 
 def _imputation(args: argparse.Namespace, adata: Any, directory: Path) -> int:
@@ -153,11 +157,8 @@ def _imputation(args: argparse.Namespace, adata: Any, directory: Path) -> int:
         section_key=args.section,
         group_key=args.group,
         coordinates=args.coordinates,
-        counts=args.layer,
+        **protocol(args),
         twins=twins_of(args.twin),
-        seed=args.seed,
-        n_boot=args.n_boot,
-        dataset=args.dataset or "",
         pretrain_overlap=args.pretrain_overlap,
     )
     return finish(args, results, directory, facts={"input": str(args.input)})

@@ -7,7 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scjax.cli.evaluation import add_output, directory_of, finish, listed, pairs, scored, table, twins_of
+from scjax.cli.evaluation import (
+    add_output,
+    directory_of,
+    finish,
+    listed,
+    pairs,
+    protocol,
+    scored,
+    table,
+    twins_of,
+)
 from scjax.cli.shared import read
 
 
@@ -41,7 +51,6 @@ def perturbation(args: argparse.Namespace) -> int:
         gene_embeddings=embeddings or None,
         kind=args.kind,
         **_common(args),
-        pretrain_overlap=args.pretrain_overlap,
     )
     return finish(args, results, directory, facts={"input": str(args.input)})
 
@@ -69,7 +78,7 @@ def genes(args: argparse.Namespace) -> int:
         families=families,
         **_rivals(args),
     )
-    return finish(args, _seen(args, results), directory)
+    return finish(args, results, directory)
 
 
 def network(args: argparse.Namespace) -> int:
@@ -86,7 +95,7 @@ def network(args: argparse.Namespace) -> int:
         signed=args.signed or (),
         **_rivals(args),
     )
-    return finish(args, _seen(args, results), directory)
+    return finish(args, results, directory)
 
 
 def _matrix(path: str) -> Any:
@@ -118,7 +127,7 @@ def modalities(args: argparse.Namespace) -> int:
     predictions = {n: table(p) for n, p in pairs(args.prediction, "--prediction").items()}
     if not joint and not predictions and not args.obsm:
         raise ValueError("nothing to score: give --joint NAME=KEY,KEY, --prediction NAME=FILE or --obsm KEY")
-    about = {**_common(args), "group_key": args.group, "pretrain_overlap": args.pretrain_overlap}
+    about = {**_common(args), "group_key": args.group}
     twins = about.pop("twins")
     found = scjax.eval.Results()
     if joint:
@@ -144,26 +153,13 @@ def modalities(args: argparse.Namespace) -> int:
 
 
 def _common(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "twins": twins_of(args.twin),
-        "counts": args.layer,
-        "dataset": args.dataset or "",
-        "n_boot": args.n_boot,
-        "seed": args.seed,
-    }
+    return {**protocol(args), "twins": twins_of(args.twin), "pretrain_overlap": args.pretrain_overlap}
 
 
 def _rivals(args: argparse.Namespace) -> dict[str, Any]:
     """What gene tables and networks stand beside."""
     expression = None if args.expression is None else read(args.expression)
     return {**_common(args), "expression": expression, "baselines": args.baseline or ()}
-
-
-def _seen(args: argparse.Namespace, results: Any) -> Any:
-    for row in results.rows:
-        row["pretrain_overlap"] = args.pretrain_overlap
-    results.facts["pretrain_overlap"] = args.pretrain_overlap
-    return results
 
 
 # ------------------------------------------------------------------------ parser

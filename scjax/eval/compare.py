@@ -4,14 +4,44 @@ twin.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from scjax.eval import stats
+from scjax.eval.environment import provenance
 from scjax.eval.results import Results, key
 from scjax.eval.schema import MEAN
 from scjax.eval.tasks import TASKS
 from scjax.eval.verdict import BEST, TWIN
+
+
+def finish(
+    results: Results,
+    twins: Mapping[str, str],
+    *,
+    started: float,
+    dataset: str,
+    pretrain_overlap: str,
+    wall: Mapping[str, float] | None = None,
+    **facts: Any,
+) -> Results:
+    """What every suite ends with: its name and overlap in each row, differences, the facts of the report.
+
+    Args:
+        twins: as for :func:`conclude`.
+        started: ``time.perf_counter()`` when the suite began. wall: seconds of its parts, if it took them.
+        dataset, pretrain_overlap: fields of every row, and facts.
+        facts: further facts.
+    """
+    for entry in results.rows:
+        entry |= {"dataset": dataset, "pretrain_overlap": pretrain_overlap}
+    conclude(results, twins)
+    results.facts |= provenance() | {"dataset": dataset} | facts
+    results.facts |= {"twins": dict(twins), "pretrain_overlap": pretrain_overlap}
+    results.facts["wall_s"] = {**(wall or {}), "all": round(time.perf_counter() - started, 2)}
+    return results
+
 
 _PLACE = ("task", "track", "head", "setting")  # what is compared lies at one place of the tables
 

@@ -15,7 +15,8 @@ import sklearn
 
 from scjax.eval import checks, regression, splits, stats
 from scjax.eval.baselines import find_counts
-from scjax.eval.environment import one_thread, provenance
+from scjax.eval.compare import finish
+from scjax.eval.environment import one_thread
 from scjax.eval.progress import each
 from scjax.eval.representations import Representation, controls_of, gather, twin_names
 from scjax.eval.results import Results
@@ -87,23 +88,21 @@ def diagnostics(
         results.facts |= found.facts
         if depth is None:
             results.skip(absent, metric="depth_r2", **about)
-    for row in results.rows:
-        row |= {"dataset": dataset, "pretrain_overlap": pretrain_overlap}
     twins, _ = controls_of(embeddings, controls or {})
-    results.facts |= provenance() | {
-        "dataset": dataset,
-        "n_cells_in": adata.n_obs,
-        "n_cells": len(rows),
-        "dropped": {"no group": adata.n_obs - len(known)} if len(known) < adata.n_obs else {},
-        "group_key": group_key,
-        "n_groups": 0 if group is None else len(np.unique(group)),
-        "twins": twin_names(twins),
-        "n_boot": n_boot,
-        "seed": seed,
-        "pretrain_overlap": pretrain_overlap,
-        "wall_s": {"all": round(time.perf_counter() - started, 2)},
-    }
-    return results
+    return finish(
+        results,
+        twin_names(twins),
+        started=started,
+        dataset=dataset,
+        pretrain_overlap=pretrain_overlap,
+        n_cells_in=adata.n_obs,
+        n_cells=len(rows),
+        dropped={"no group": adata.n_obs - len(known)} if len(known) < adata.n_obs else {},
+        group_key=group_key,
+        n_groups=0 if group is None else len(np.unique(group)),
+        n_boot=n_boot,
+        seed=seed,
+    )
 
 
 @one_thread

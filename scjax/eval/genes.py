@@ -19,7 +19,7 @@ from sklearn.utils.extmath import randomized_svd
 
 from scjax.eval import checks, environment, regression, splits, stats
 from scjax.eval.baselines import Expression, find_counts
-from scjax.eval.compare import conclude
+from scjax.eval.compare import finish
 from scjax.eval.gene_sets import family_codes, gene_table, in_common
 from scjax.eval.progress import each
 from scjax.eval.ranking import Ranking, fmax
@@ -45,6 +45,7 @@ def genes(
     baselines: Sequence[str] = (),
     twins: Mapping[str, str] | None = None,
     dataset: str = "",
+    pretrain_overlap: str = "unknown",
     repeats: int = 4,
     min_genes: int = 10,
     max_sets: int = 100,
@@ -140,23 +141,21 @@ def genes(
             for name in EXPRESSION:
                 metric = "auroc" if task == PROPERTY else "macro_ap"
                 out.skip(task=task, model_id=name, model_kind="baseline", metric=metric, note=note)
-    for entry in out.rows:
-        entry["dataset"] = dataset
-    conclude(out, twins)
-    out.facts |= facts | environment.provenance()
-    out.facts |= {
-        "dataset": dataset,
-        "seed": seed,
-        "n_boot": n_boot,
-        "repeats": repeats,
-        "tables": {name: list(table.shape) for name, table in named.items()},
-        "twins": twins,
-        "n_cells": 0 if expression is None else expression.n_obs,
-        "dropped": {k: int(v) for k, v in _dropped(labels or {}).items()},
-        "split_scheme": out.rows[0]["split_scheme"],
-        "wall_s": {"all": round(time.perf_counter() - started, 2)},
-    }
-    return out
+    out.facts |= facts
+    return finish(
+        out,
+        twins,
+        started=started,
+        dataset=dataset,
+        pretrain_overlap=pretrain_overlap,
+        seed=seed,
+        n_boot=n_boot,
+        repeats=repeats,
+        tables={name: list(table.shape) for name, table in named.items()},
+        n_cells=0 if expression is None else expression.n_obs,
+        dropped={k: int(v) for k, v in _dropped(labels or {}).items()},
+        split_scheme=out.rows[0]["split_scheme"],
+    )
 
 
 # ------------------------------------------------------------------------------------------------ input

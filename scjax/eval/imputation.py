@@ -15,8 +15,8 @@ import scipy.sparse as sp
 
 from scjax.eval import features, regression, space, stats
 from scjax.eval.baselines import Expression, find_counts
-from scjax.eval.compare import conclude
-from scjax.eval.environment import one_thread, provenance
+from scjax.eval.compare import finish
+from scjax.eval.environment import one_thread
 from scjax.eval.features import Entry
 from scjax.eval.neighbourhoods import COORDINATES
 from scjax.eval.progress import each
@@ -166,23 +166,21 @@ def imputation(
     first, second = (_normalised(half, column) for half in _halves(X, seed))
     add("half_split", "oracle", "", regression.ceiling(first, second, parts, everyone), None)
     out.panels.append({"panel": "features", "task": TASK, "track": "", "names": genes, "value": panel})
-    for entry in out.rows:
-        entry |= {"dataset": dataset, "pretrain_overlap": pretrain_overlap}
-    out.facts |= provenance() | {
-        "dataset": dataset,
-        "n_cells": len(place),
-        "dropped": {},
-        "held_out_genes": genes,
-        "input_genes": len(inputs),
-        "sections": dict(zip(place.section_names, np.bincount(place.section).tolist(), strict=True)),
-        "split_scheme": scheme,
-        "twins": twin_names(twins),
-        "n_boot": n_boot,
-        "seed": seed,
-        "pretrain_overlap": pretrain_overlap,
-        "wall_s": {"all": round(time.perf_counter() - started, 2)},
-    }
-    return conclude(out, twin_names(twins))
+    return finish(
+        out,
+        twin_names(twins),
+        started=started,
+        dataset=dataset,
+        pretrain_overlap=pretrain_overlap,
+        n_cells=len(place),
+        dropped={},
+        held_out_genes=genes,
+        input_genes=len(inputs),
+        sections=dict(zip(place.section_names, np.bincount(place.section).tolist(), strict=True)),
+        split_scheme=scheme,
+        n_boot=n_boot,
+        seed=seed,
+    )
 
 
 def _normalised(counts: sp.csr_matrix, column: np.ndarray) -> np.ndarray:

@@ -18,8 +18,8 @@ import scipy.sparse as sp
 from scipy.stats import rankdata
 
 from scjax.eval import checks, stats
-from scjax.eval.compare import conclude
-from scjax.eval.environment import one_thread, provenance
+from scjax.eval.compare import finish
+from scjax.eval.environment import one_thread
 from scjax.eval.results import Results
 
 BASELINES = ("gene_mean", "gene_mean_x_size")
@@ -122,9 +122,7 @@ def masked_error(
             "task": "masked",
             "model_id": name,
             "model_kind": kind,
-            "dataset": dataset,
             "n_groups": n_groups,
-            "pretrain_overlap": pretrain_overlap,
         }
         for metric, (value, n) in score(guess, guesses["gene_mean"][1]).items():
             over = "genes" if metric == "feature_spearman" else unit_name
@@ -137,23 +135,23 @@ def masked_error(
                 metric_impl=f"scipy=={scipy.__version__}" if over == "genes" else "",
             )
     source = "training cells" if train is not None else "visible entries of the cells that are scored"
-    results.facts = provenance() | {
-        "dataset": dataset,
-        "n_cells": len(np.unique(cell)),
-        "n_genes": len(np.unique(gene)),
-        "n_masked": len(y),
-        "zeros_among_masked": round(float((y == 0).mean()), 4),
-        "gene_means": f"{'expressed ' if expressed_only else ''}{source}",
-        "dropped": {},
-        "n_groups": n_groups,
-        "split_scheme": "entries hidden from the model",
-        "twins": twins,
-        "n_boot": n_boot,
-        "seed": seed,
-        "pretrain_overlap": pretrain_overlap,
-        "wall_s": {"all": round(time.perf_counter() - started, 2)},
-    }
-    return conclude(results, twins)
+    return finish(
+        results,
+        twins,
+        started=started,
+        dataset=dataset,
+        pretrain_overlap=pretrain_overlap,
+        n_cells=len(np.unique(cell)),
+        n_genes=len(np.unique(gene)),
+        n_masked=len(y),
+        zeros_among_masked=round(float((y == 0).mean()), 4),
+        gene_means=f"{'expressed ' if expressed_only else ''}{source}",
+        dropped={},
+        n_groups=n_groups,
+        split_scheme="entries hidden from the model",
+        n_boot=n_boot,
+        seed=seed,
+    )
 
 
 def _dense(X: Any, name: str) -> np.ndarray:

@@ -19,8 +19,8 @@ import scipy.sparse as sp
 
 from scjax.eval import checks, features, joint_space, regression, stats
 from scjax.eval.baselines import Expression, find_counts
-from scjax.eval.compare import conclude
-from scjax.eval.environment import one_thread, provenance
+from scjax.eval.compare import finish
+from scjax.eval.environment import one_thread
 from scjax.eval.features import Entry, Scores
 from scjax.eval.progress import each
 from scjax.eval.representations import obsm, twin_names
@@ -130,26 +130,24 @@ def matching(
         if labels is not None:
             guess = joint_space.transferred(spaces, plan, labels)
             units.add(out, _macro_f1(labels, guess), **about, metric="transfer_f1")
-    for entry in out.rows:
-        entry |= {"dataset": dataset, "pretrain_overlap": pretrain_overlap}
     small = int(sum(len(s) for s in sets if len(s) < pool))
-    out.facts |= provenance() | {
-        "dataset": dataset,
-        "n_cells": n,
-        "dropped": {f"no recall: fewer than {pool} candidates": small} if small else {},
-        "group_key": group_key,
-        "n_groups": len(units.names),
-        "label_key": label_key,
-        "second": _described(raw, _is_counts(raw)),
-        "pool": pool,
-        "split_scheme": scheme,
-        "twins": twin_names(twins),
-        "n_boot": n_boot,
-        "seed": seed,
-        "pretrain_overlap": pretrain_overlap,
-        "wall_s": {"all": round(time.perf_counter() - started, 2)},
-    }
-    return conclude(out, twin_names(twins))
+    return finish(
+        out,
+        twin_names(twins),
+        started=started,
+        dataset=dataset,
+        pretrain_overlap=pretrain_overlap,
+        n_cells=n,
+        dropped={f"no recall: fewer than {pool} candidates": small} if small else {},
+        group_key=group_key,
+        n_groups=len(units.names),
+        label_key=label_key,
+        second=_described(raw, _is_counts(raw)),
+        pool=pool,
+        split_scheme=scheme,
+        n_boot=n_boot,
+        seed=seed,
+    )
 
 
 @one_thread
@@ -263,23 +261,21 @@ def modality_prediction(
         one, other = (_log_ratio(half)[:, ~still] for half in (first, whole - first))
         add("half_split", Entry("oracle", None), partial(regression.ceiling, one, other))
     out.panels.append({"panel": "features", "task": PREDICTION, "track": "", "names": names, "value": panel})
-    for entry in out.rows:
-        entry |= {"dataset": dataset, "pretrain_overlap": pretrain_overlap}
-    out.facts |= provenance() | {
-        "dataset": dataset,
-        "n_cells": adata.n_obs,
-        "dropped": dropped,
-        "group_key": group_key,
-        "n_groups": len(group_names),
-        "second": _described(raw, counted),
-        "split_scheme": scheme,
-        "twins": twin_names(twins),
-        "n_boot": n_boot,
-        "seed": seed,
-        "pretrain_overlap": pretrain_overlap,
-        "wall_s": {"all": round(time.perf_counter() - started, 2)},
-    }
-    return conclude(out, twin_names(twins))
+    return finish(
+        out,
+        twin_names(twins),
+        started=started,
+        dataset=dataset,
+        pretrain_overlap=pretrain_overlap,
+        n_cells=adata.n_obs,
+        dropped=dropped,
+        group_key=group_key,
+        n_groups=len(group_names),
+        second=_described(raw, counted),
+        split_scheme=scheme,
+        n_boot=n_boot,
+        seed=seed,
+    )
 
 
 def _mean_of(values: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:

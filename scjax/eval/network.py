@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score
 
 from scjax.eval import environment, gene_sets, regulation, stats
 from scjax.eval.baselines import Expression, find_counts
-from scjax.eval.compare import conclude
+from scjax.eval.compare import finish
 from scjax.eval.progress import each
 from scjax.eval.ranking import Ranking
 from scjax.eval.regulation import MIN_EDGES, Scores, Universe
@@ -41,6 +41,7 @@ def network(
     baselines: Sequence[str] = (),
     twins: Mapping[str, str] | None = None,
     dataset: str = "",
+    pretrain_overlap: str = "unknown",
     n_boot: int = 1000,
     seed: int = 0,
 ) -> Results:
@@ -121,23 +122,20 @@ def network(
             for name in FROM_EXPRESSION:
                 about = {"task": TASK, "track": track, "setting": DIRECTED, "metric": "auprc_ratio"}
                 out.skip(note, **about, model_id=name, model_kind="baseline")
-    for entry in out.rows:
-        entry["dataset"] = dataset
-    conclude(out, twins)
-    out.facts |= environment.provenance()
-    out.facts |= {
-        "dataset": dataset,
-        "universe": facts,
-        "min_detection": min_detection if universe is None and expression is not None else None,
-        "n_cells": 0 if expression is None else expression.n_obs,
-        "dropped": {},
-        "seed": seed,
-        "n_boot": n_boot,
-        "twins": twins,
-        "split_scheme": "none: scores are judged as they are; degrees by folds of regulators and targets",
-        "wall_s": {"all": round(time.perf_counter() - started, 2)},
-    }
-    return out
+    return finish(
+        out,
+        twins,
+        started=started,
+        dataset=dataset,
+        pretrain_overlap=pretrain_overlap,
+        universe=facts,
+        min_detection=min_detection if universe is None and expression is not None else None,
+        n_cells=0 if expression is None else expression.n_obs,
+        dropped={},
+        seed=seed,
+        n_boot=n_boot,
+        split_scheme="none: scores are judged as they are; degrees by folds of regulators and targets",
+    )
 
 
 def _kinds(

@@ -12,8 +12,8 @@ import pandas as pd
 import scipy.sparse as sp
 import sklearn
 
-from scjax.eval.compare import conclude
-from scjax.eval.environment import one_thread, provenance
+from scjax.eval.compare import finish
+from scjax.eval.environment import one_thread
 from scjax.eval.perturbation_baselines import Predictor, predictors
 from scjax.eval.perturbation_data import Condition, Fold, Keys, Kind, Study, study
 from scjax.eval.perturbation_scores import score
@@ -113,10 +113,8 @@ def perturbation(
                 answers[full].note = f"the table knows {known} of {len(data.test)} held-out conditions"
     about = {
         "task": "perturbation",
-        "dataset": dataset,
         "split_scheme": _scheme(train, data),
         "metric_impl": f"scjax.eval; scikit-learn=={sklearn.__version__}",
-        "pretrain_overlap": pretrain_overlap,
     }
     tracks: dict[str, list[tuple[Condition, Fold]]] = {}
     for fold in data.folds:
@@ -135,27 +133,25 @@ def perturbation(
     pairs = twin_names(twins)
     pairs |= {f"{m}({a})": f"{m}({b})" for a, b in pairs.items() for m in METHODS}
     pairs = {a: b for a, b in pairs.items() if a in answers and b in answers}
-    out.facts |= {
-        **provenance(),
-        "dataset": dataset,
-        "tasks": ["perturbation"],
-        "n_cells": int(sum(map(len, data.rows.values()))),
-        "n_control": {c or "all": len(a) + len(b) for c, (a, b) in data.control.items()},
-        "controls_held_out": data.controls_held_out,
-        "n_genes": len(data.genes),
-        "dropped": data.dropped,
-        "split_scheme": about["split_scheme"],
-        "kind": kind,
-        "n_train": sorted({len(f.train) for f in data.folds}),
-        "n_test": {track: len(asked) for track, asked in tracks.items()},
-        "twins": pairs,
-        "seed": seed,
-        "n_boot": n_boot,
-        "pretrain_overlap": pretrain_overlap,
-    }
-    conclude(out, pairs)
-    out.facts["wall_s"] = {"perturbation": round(time.perf_counter() - started, 2)}
-    return out
+    return finish(
+        out,
+        pairs,
+        started=started,
+        dataset=dataset,
+        pretrain_overlap=pretrain_overlap,
+        tasks=["perturbation"],
+        n_cells=int(sum(map(len, data.rows.values()))),
+        n_control={c or "all": len(a) + len(b) for c, (a, b) in data.control.items()},
+        controls_held_out=data.controls_held_out,
+        n_genes=len(data.genes),
+        dropped=data.dropped,
+        split_scheme=about["split_scheme"],
+        kind=kind,
+        n_train=sorted({len(f.train) for f in data.folds}),
+        n_test={track: len(asked) for track, asked in tracks.items()},
+        seed=seed,
+        n_boot=n_boot,
+    )
 
 
 def _scheme(train: Any, data: Study) -> str:

@@ -14,9 +14,9 @@ from scjax.eval import checks
 from scjax.eval.annotation import annotation
 from scjax.eval.baselines import find_counts
 from scjax.eval.clustering import clustering, umap
-from scjax.eval.compare import conclude
+from scjax.eval.compare import finish
 from scjax.eval.diagnostics import diagnose
-from scjax.eval.environment import missing, one_thread, provenance
+from scjax.eval.environment import missing, one_thread
 from scjax.eval.few_shot import few_shot
 from scjax.eval.integration import integration
 from scjax.eval.ontology import Ontology, read_ontology
@@ -177,40 +177,37 @@ def run(
                 metric = TASKS[task].headline[0]
                 results.skip(str(error), task=task, metric=metric, model_id=r.name, model_kind=r.kind)
             wall[task] = round(wall.get(task, 0) + time.perf_counter() - begun, 2)
-        conclude(results, named)
         if pictures:
             begun = time.perf_counter()
             results.panels += _maps(
                 pictures, features, cells, label_key, batch_key or group_key, graph_cells, seed
             )
             wall["maps"] = round(time.perf_counter() - begun, 2)
-    for entry in results.rows:
-        entry["pretrain_overlap"] = pretrain_overlap
-        entry["dataset"] = dataset
-    results.facts |= provenance() | {
-        "dataset": dataset,
-        "n_cells_in": adata.n_obs,
-        "n_cells_labelled": n_labelled,
-        "n_cells": len(cells),
-        "dropped": cells.dropped,
-        "label_key": label_key,
-        "labels": _sizes(cells.label, cells.label_names),
-        "group_key": group_key,
-        "groups": _sizes(cells.group, cells.group_names),
-        "n_groups": len(cells.group_names),
-        "batch_key": batch_key,
-        "batches": _sizes(cells.batch, cells.batch_names),
-        "tasks": tasks,
-        "embeddings": {r.key: list(features(r).shape) for r in representations if r.key},
-        "twins": named,
-        "min_class_size": min_class_size,
-        "graph_cells": graph_cells,
-        "n_boot": n_boot,
-        "seed": seed,
-        "pretrain_overlap": pretrain_overlap,
-        "wall_s": {**wall, "all": round(time.perf_counter() - started, 2)},
-    }
-    return results
+    return finish(
+        results,
+        named,
+        started=started,
+        dataset=dataset,
+        pretrain_overlap=pretrain_overlap,
+        wall=wall,
+        n_cells_in=adata.n_obs,
+        n_cells_labelled=n_labelled,
+        n_cells=len(cells),
+        dropped=cells.dropped,
+        label_key=label_key,
+        labels=_sizes(cells.label, cells.label_names),
+        group_key=group_key,
+        groups=_sizes(cells.group, cells.group_names),
+        n_groups=len(cells.group_names),
+        batch_key=batch_key,
+        batches=_sizes(cells.batch, cells.batch_names),
+        tasks=tasks,
+        embeddings={r.key: list(features(r).shape) for r in representations if r.key},
+        min_class_size=min_class_size,
+        graph_cells=graph_cells,
+        n_boot=n_boot,
+        seed=seed,
+    )
 
 
 def _tasks(tasks: Sequence[str] | None, batch_key: str | None) -> list[str]:

@@ -15,8 +15,8 @@ import numpy as np
 from sklearn.neighbors import KNeighborsClassifier
 
 from scjax.eval import checks, neighbourhoods, regression, space, stats
-from scjax.eval.compare import conclude
-from scjax.eval.environment import one_thread, provenance
+from scjax.eval.compare import finish
+from scjax.eval.environment import one_thread
 from scjax.eval.neighbourhoods import COORDINATES
 from scjax.eval.probes import HEADS
 from scjax.eval.progress import each
@@ -117,30 +117,28 @@ def spatial(
             neighbourhoods.score(*job, lying=lying, seed=seed, n_boot=n_boot)
     first, _, scheme = next(iter(found.values()))
     twins, _ = controls_of(embeddings, controls or {})
-    for entry in out.rows:
-        entry |= {"dataset": dataset, "pretrain_overlap": pretrain_overlap}
-    out.facts |= provenance() | {
-        "dataset": dataset,
-        "n_cells_in": adata.n_obs,
-        "n_cells": len(first),
-        "dropped": {f"{t}: {why}": n for t, (c, _, _) in found.items() for why, n in c.dropped.items()},
-        "region_key": region_key,
-        "label_key": label_key,
-        "section_key": section_key,
-        "group_key": group_key,
-        "sections": dict(zip(place.section_names, np.bincount(place.section).tolist(), strict=True)),
-        "blocks": int(place.block.max()) + 1,
-        "split_scheme": scheme,
-        "embeddings": {k: list(np.shape(adata.obsm[k])) for k in embeddings},
-        "twins": twin_names(twins),
-        "n_neighbors": n_neighbors,
-        "min_class_size": min_class_size,
-        "n_boot": n_boot,
-        "seed": seed,
-        "pretrain_overlap": pretrain_overlap,
-        "wall_s": {"all": round(time.perf_counter() - started, 2)},
-    }
-    return conclude(out, twin_names(twins))
+    return finish(
+        out,
+        twin_names(twins),
+        started=started,
+        dataset=dataset,
+        pretrain_overlap=pretrain_overlap,
+        n_cells_in=adata.n_obs,
+        n_cells=len(first),
+        dropped={f"{t}: {why}": n for t, (c, _, _) in found.items() for why, n in c.dropped.items()},
+        region_key=region_key,
+        label_key=label_key,
+        section_key=section_key,
+        group_key=group_key,
+        sections=dict(zip(place.section_names, np.bincount(place.section).tolist(), strict=True)),
+        blocks=int(place.block.max()) + 1,
+        split_scheme=scheme,
+        embeddings={k: list(np.shape(adata.obsm[k])) for k in embeddings},
+        n_neighbors=n_neighbors,
+        min_class_size=min_class_size,
+        n_boot=n_boot,
+        seed=seed,
+    )
 
 
 def _sampled(cells: checks.Cells, place: Space, n: int, seed: int) -> np.ndarray:

@@ -60,6 +60,11 @@ class Task:
     blind: tuple[str, ...] = ()
 
 
+LABELS = (  # columns of every task that reads labels off a representation
+    Columns("macro-F1, logistic regression", ("macro_f1",), {"head": "logistic"}, by_group=True, lead=True),
+    Columns("macro-F1, k nearest neighbours", ("macro_f1",), {"head": "knn"}, by_group=True, lead=True),
+)
+
 TASKS: dict[str, Task] = {
     "annotation": Task(
         "Annotation",
@@ -69,12 +74,7 @@ TASKS: dict[str, Task] = {
         leading=(Leading("macro_f1", "logistic"),),
         headline=("macro_f1", "balanced_accuracy", "accuracy"),
         columns=(
-            Columns(
-                "macro-F1, logistic regression", ("macro_f1",), {"head": "logistic"}, by_group=True, lead=True
-            ),
-            Columns(
-                "macro-F1, k nearest neighbours", ("macro_f1",), {"head": "knn"}, by_group=True, lead=True
-            ),
+            *LABELS,
             Columns("macro-F1, multilayer perceptron", ("macro_f1",), {"head": "mlp"}, by_group=True),
             Columns(
                 "logistic regression",
@@ -200,12 +200,7 @@ TASKS: dict[str, Task] = {
         leading=(Leading("macro_f1", "logistic"),),
         headline=("macro_f1", "balanced_accuracy", "accuracy"),
         columns=(
-            Columns(
-                "macro-F1, logistic regression", ("macro_f1",), {"head": "logistic"}, by_group=True, lead=True
-            ),
-            Columns(
-                "macro-F1, k nearest neighbours", ("macro_f1",), {"head": "knn"}, by_group=True, lead=True
-            ),
+            *LABELS,
             Columns("logistic regression", ("balanced_accuracy", "accuracy"), {"head": "logistic"}),
         ),
         note="cell_type_only knows the annotated cell type and nothing else: a region that it predicts may "
