@@ -38,7 +38,7 @@ import pandas as pd
 
 AT_ONCE = 4096  # cells drawn together
 PIECE = 2**23  # stored values copied together
-DEPTH = 0.18  # median molecules of a cell, per gene of the vocabulary
+DEPTH = 0.225  # mean molecules of a cell, per gene of the vocabulary
 LEVELS = 256  # of the Gamma noise
 SHAPE = 2.0
 PROGRAMMES, OF_A_TYPE = 60, 6
@@ -94,7 +94,7 @@ def plan(cells: int, genes: int, datasets: int = 30, types: int = 60, seed: int 
         donor[mine] = np.sort(rng.integers(0, 8, n)) + 8 * d
         type_of[mine] = rng.choice(types, n, p=rng.dirichlet(np.full(types, 0.25)))
         scale[mine] = rng.lognormal(0.0, 0.3) * rng.lognormal(0.0, 0.4, n)
-    depth = np.clip(DEPTH * genes * scale, 0.02 * genes + 5, 3.0 * genes).astype(np.int32)
+    depth = np.clip(DEPTH * genes * scale / scale.mean(), 0.02 * genes + 5, 3.0 * genes).astype(np.int32)
 
     def names(pattern: str, codes: np.ndarray) -> pd.Categorical:
         return pd.Categorical([pattern.format(code) for code in codes.tolist()])
