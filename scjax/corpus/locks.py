@@ -82,8 +82,8 @@ def _again(path: pathlib.Path) -> ReaderLock | None:
 def writing(root: pathlib.Path) -> Iterator[pathlib.Path]:
     """Holds a corpus for writing: one builder, appender, repair or gc at a time.
 
-    The lock file lies in the folder ``.build``. That folder stays when the block ends; whoever has finished
-    its work there removes it within the block.
+    The lock file lies in the folder ``.build``. What else is in there when the block ends stays, for a later
+    run to go on from; the folder itself goes when it is empty.
 
     Yields:
       The folder ``.build``, made where it was missing.
@@ -106,10 +106,21 @@ def writing(root: pathlib.Path) -> Iterator[pathlib.Path]:
                 )
             if not _is_there(fd, path):  # the one before us has finished, and taken the file along
                 continue
-            yield work
+            try:
+                yield work
+            finally:
+                _tidy(work)
             return
         finally:
             os.close(fd)
+
+
+def _tidy(work: pathlib.Path) -> None:
+    """Removes the folder if only the lock is in it. Whoever waits for that file looks for it again."""
+    with contextlib.suppress(OSError):
+        if os.listdir(work) == ["lock"]:
+            os.unlink(work / "lock")
+            os.rmdir(work)  # fails where the next one has moved in already
 
 
 @contextlib.contextmanager
