@@ -146,10 +146,19 @@ class Loader:
             self.lut = self._look_up(corpus.vocabulary, vocabulary)
             self._vocabulary_hash = vocabulary.short_hash
 
+        # The seam of mixtures: one row of genes per vocabulary, and which of them a part's genes go through;
+        # label codes of a part as stored -> those of ``corpus.columns``, None where they are the same. The
+        # last entry of a map stands for -1, so that ``map[codes]`` is all there is to do.
+        self.luts: np.ndarray | None = None if self.lut is None else self.lut[None, :]
+        self.lut_of_part = np.zeros(len(self.parts), np.int64)
+        self.code_maps: dict[str, list[np.ndarray | None]] = {
+            n: [None] * len(self.parts) for n in self.labels
+        }
+
         shards = ShardCache()
         self.readers = [PartReader(part, shards) for part in self.parts]
         self.genes_per_cell = self._genes_per_cell()
-        top = max(int(genes.max()) for genes in self.genes_per_cell) if self.lut is not None else 0
+        top = max(int(genes.max()) for genes in self.genes_per_cell) if self.genes_per_cell else 0
         top = top or max(part.max_nnz for part in self.parts)
         sample = self._sample_lengths()
         if max_genes is not None and max_genes < top:
@@ -182,33 +191,45 @@ class Loader:
     def _sample_lengths(self) -> np.ndarray:
         """Expressed genes of some cells of every part. Cells are shuffled on disk: any are as good."""
         share = -(-_SAMPLE // len(self.parts))
-        return np.concatenate([genes[:share] for genes in self.genes_per_cell]).astype(np.int64)
+        lengths = self.genes_per_cell or [
+            reader.column("nnz", 0, min(share, reader.part.n_cells)) for reader in self.readers
+        ]
+        return np.concatenate([genes[:share] for genes in lengths]).astype(np.int64)
 
-    def _genes_per_cell(self) -> list[np.ndarray]:
+    def _genes_per_cell(self) -> list[np.ndarray] | None:
         """Per part and cell, how many genes it brings into a batch (int [n_cells]), or a bound on it.
 
         Every process needs this of every cell to agree on the width of a batch. Without a vocabulary of the
-        loader's own it is what the index says. With one it is counted by reading the genes once, which is
-        seconds; for corpora that are too large for that, no more than the vocabulary holds.
+        loader's own it is what the index says: None. With one it is counted by reading the genes once, which
+        is seconds; for corpora that are too large for that, no more than the vocabulary holds.
         """
         if self.lut is None:
-            return [part.nnz_per_cell for part in self.parts]
+            return None
         kept = self.lut >= 0
         if sum(part.nnz for part in self.parts) > _COUNTED:
             return [np.minimum(part.nnz_per_cell, np.uint32(kept.sum())) for part in self.parts]
         counted = []
         for part, reader in zip(self.parts, self.readers, strict=True):
-            genes = np.empty(part.n_cells, np.uint32)
+            genes, nnz = np.empty(part.n_cells, np.uint32), part.nnz_per_cell
             for first in range(0, part.n_cells, _AT_ONCE):
                 last = min(first + _AT_ONCE, part.n_cells)
                 low, high = reader.row_span(first, last)
                 indices = np.empty(high - low, part.index_dtype)
                 reader.indices.read(low, high, indices)
-                ends = np.concatenate([[0], np.cumsum(part.nnz_per_cell[first:last], dtype=np.int64)])
+                ends = np.concatenate([[0], np.cumsum(nnz[first:last], dtype=np.int64)])
                 upto = np.concatenate([[0], np.cumsum(kept[indices], dtype=np.int64)])
                 genes[first:last] = np.diff(upto[ends])
             counted.append(genes)
         return counted
+
+    def genes_of(self, which: int, first: int, last: int, nnz: np.ndarray) -> np.ndarray:
+        """Slots that rows [first, last) of a part need in a batch: int[last - first].
+
+        Args:
+          which: number of the part in ``parts``.
+          nnz: expressed genes of these rows as stored.
+        """
+        return nnz if self.lut is None else self.genes_per_cell[which][first:last]
 
     def __iter__(self) -> grain.DatasetIterator:
         from scjax.loader.iterator import iterate  # grain imports JAX

@@ -195,11 +195,19 @@ class Order:
             low, block = upto, block + 1
         return out
 
+    def picks(self, epoch: int, lane: int, window: int) -> np.ndarray | None:
+        """Which of the rows that ``runs`` reads the window hands out: int64[m], positions within the runs.
+
+        A weighted order repeats some rows and leaves out others; the positions never decrease. None stands
+        for all rows, once each.
+        """
+        return None
+
     def visits(self, epoch: int, lane: int, window: int, lengths: np.ndarray) -> np.ndarray:
         """In which order the rows of a window are handed out.
 
         Args:
-          lengths: expressed genes of each row of the window, in the order of ``runs``.
+          lengths: expressed genes of each of the m rows of the window, in the order of ``picks``.
 
         Returns:
           int64[steps * r]: for each slot of each step of the window, which of its rows goes there. -1 is
@@ -243,6 +251,8 @@ class Order:
         out = np.empty((self.lanes, self.rows_per_lane), np.int64)
         for lane, window in enumerate(self.windows_at(step)):
             rows = run_rows(self.runs(epoch, lane, int(window)))
+            picks = self.picks(epoch, lane, int(window))
+            rows = rows if picks is None else rows[picks]
             genes = np.zeros(len(rows), np.int64) if lengths is None else lengths(rows)
             slots = self.visits(epoch, lane, int(window), genes)
             at = (step - self.window_steps(lane, int(window))[0]) * self.rows_per_lane
