@@ -428,7 +428,7 @@ def test_open_earlier_manifest_and_pickle(two, tmp_path):
     corpus, _ = two
     again = Corpus.open(corpus.path, manifest=corpus.manifest_id)
     assert again.manifest == corpus.manifest and len(again) == 500
-    corpus.parts[0].codes("donor")  # memory maps are opened, not pickled with the part
+    corpus.parts[0].codes("donor")  # reads the index
     assert pickle.loads(pickle.dumps(corpus.parts[0])).n_cells == corpus.parts[0].n_cells
     assert repr(corpus).endswith(f"500 cells, 130 genes, 5 parts, manifest {corpus.manifest_id})")
 
@@ -436,7 +436,7 @@ def test_open_earlier_manifest_and_pickle(two, tmp_path):
 def test_manifest_says_what_there_is(two):
     corpus, studies = two
     manifest = corpus.manifest
-    assert manifest["format"] == "scjax-corpus" and manifest["version"] == "1.0" and manifest["seed"] == 3
+    assert manifest["format"] == "scjax-corpus" and manifest["version"] == "2.0" and manifest["seed"] == 3
     assert manifest["totals"]["n_cells"] == 500 and manifest["totals"]["validation"] == 50
     nnz = np.concatenate([part.nnz_per_cell for part in corpus.parts])
     assert manifest["nnz_quantiles"]["1.0"] == nnz.max() and manifest["totals"]["nnz"] == nnz.sum()

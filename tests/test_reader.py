@@ -12,7 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec
 
+from scjax.corpus.index import PartIndex, write_index
+from scjax.corpus.manifest import hash_tree
 from scjax.corpus.reader import CorruptDataError, PartReader, ShardCache, ShardedArray
+from scjax.corpus.store import LocalStore
 
 BLOSC = {"lz4": ("lz4", 3, "shuffle"), "bits": ("lz4", 5, "bitshuffle"), "zstd": ("zstd", 1, "shuffle")}
 
@@ -199,8 +202,12 @@ def part(tmp_path, n_cells=2500, seed=0):
     indptr = np.concatenate([[0], np.cumsum(nnz)]).astype("int64")
     write(tmp_path / "X/indices", counts(indptr[-1], seed=1), chunk=100)
     write(tmp_path / "X/data", counts(indptr[-1], "uint32", seed=2), chunk=100, blosc="bits")
-    blocks = np.append(indptr[:-1:1024], indptr[-1])
-    return SimpleNamespace(id="p7", path=tmp_path, nnz_per_cell=nnz, blocks=blocks), indptr
+    write_index(tmp_path / "index/p7", {}, nnz)
+    objects = hash_tree(tmp_path, tmp_path / "index")
+    arrays = PartIndex(LocalStore(tmp_path), "p7", n_cells, int(indptr[-1]), objects)
+    return SimpleNamespace(
+        id="p7", path=tmp_path, n_cells=n_cells, arrays=arrays, store=LocalStore(tmp_path)
+    ), indptr
 
 
 def test_rows_of_a_part(tmp_path):
@@ -212,9 +219,9 @@ def test_rows_of_a_part(tmp_path):
 
 def test_an_index_that_contradicts_itself_is_noticed(tmp_path):
     stored, _ = part(tmp_path)
-    stored.nnz_per_cell[1030] += 1
+    stored.arrays.blocks[2] += 1
     reader = PartReader(stored)
-    assert reader.row_span(0, 1024) == (0, stored.blocks[1])
+    assert reader.row_span(0, 1024) == (0, stored.arrays.blocks[1])
     with pytest.raises(CorruptDataError, match=r"part p7: nnz.npy and blocks.npy .* in rows 1024 to 2047"):
         reader.row_span(1000, 1100)
 

@@ -224,6 +224,7 @@ def _commit(
             "scjax": scjax.__version__,
             "parent": None,
             "seed": seed,
+            "shuffled": True,
             "options": dict(options),
             "vocabulary": {"hash": vocabulary.hash, "file": vocabulary_file, "n_genes": len(vocabulary)},
             "codec": layout.codec,

@@ -14,8 +14,10 @@ import rich.console
 import zarr
 from scipy import sparse
 
+from scjax.corpus.index import PartIndex
 from scjax.corpus.manifest import read_manifest
 from scjax.corpus.reader import PartReader
+from scjax.corpus.store import LocalStore, Store
 from scjax.corpus.summary import summarise
 from scjax.corpus.verify import verify
 from scjax.genes import Vocabulary
@@ -39,6 +41,9 @@ class Part:
       split: "train" or "validation".
       index_dtype, x_dtype: of X/indices and X/data.
       inner: elements per inner chunk of both arrays.
+      store: where its objects are.
+      objects: the manifest's entries on its objects: name -> {"bytes", "crc32c", "sha256"}.
+      labels: names of the corpus's label columns.
     """
 
     id: str
@@ -52,29 +57,52 @@ class Part:
     index_dtype: np.dtype
     x_dtype: np.dtype
     inner: int
+    store: Store = dataclasses.field(repr=False, compare=False)
+    objects: dict[str, dict[str, Any]] = dataclasses.field(repr=False, compare=False)
+    labels: tuple[str, ...]
 
     @functools.cached_property
+    def arrays(self) -> PartIndex:
+        """The part's index, read and checked at first use."""
+        return PartIndex(self.store, self.id, self.n_cells, self.nnz, self.objects)
+
+    def column(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Values of rows [first, last) of a column of the index, checked.
+
+        Args:
+          name: "nnz" (uint32), "total" (float64), "codes/<label>" (int32, -1 where unknown) or "content"
+            (uint64 [n, 2], hash of the cell, where the build dropped duplicates).
+          first, last: rows of the part; by default all.
+
+        Returns:
+          [last - first]; a new array.
+
+        Raises:
+          KeyError: no such column; lists those there are.
+          CorruptDataError: names the part, the column and the rows.
+        """
+        if name.startswith("codes/") and name[6:] not in self.labels:
+            raise KeyError(f"no label column {name[6:]!r}; there are: {', '.join(sorted(self.labels))}")
+        return self.arrays.read(name, first, self.n_cells if last is None else last)
+
+    @property
     def nnz_per_cell(self) -> np.ndarray:
-        """uint32 [n_cells], expressed genes of each cell; memory-mapped."""
-        return np.load(self.index / "nnz.npy", mmap_mode="r")
+        """uint32 [n_cells], expressed genes of each cell."""
+        return self.column("nnz")
 
-    @functools.cached_property
+    @property
     def total(self) -> np.ndarray:
-        """float64 [n_cells], total counts of each cell in its source, over all genes; memory-mapped."""
-        return np.load(self.index / "total.npy", mmap_mode="r")
+        """float64 [n_cells], total counts of each cell in its source, over all genes."""
+        return self.column("total")
 
-    @functools.cached_property
+    @property
     def blocks(self) -> np.ndarray:
         """int64 [n_blocks + 1], element at which each block of 1,024 rows starts; the last is ``nnz``."""
-        return np.load(self.index / "blocks.npy", mmap_mode="r")
+        return self.arrays.blocks
 
     def codes(self, column: str) -> np.ndarray:
-        """int32 [n_cells], codes into ``Corpus.columns[column]``, -1 where unknown; memory-mapped."""
-        path = self.index / "codes" / f"{column}.npy"
-        if not path.exists():
-            there = sorted(p.stem for p in path.parent.glob("*.npy"))
-            raise KeyError(f"no label column {column!r}; there are: {', '.join(there)}")
-        return np.load(path, mmap_mode="r")
+        """int32 [n_cells], codes into ``Corpus.columns[column]``, -1 where unknown."""
+        return self.column(f"codes/{column}")
 
 
 class Corpus:
@@ -85,6 +113,7 @@ class Corpus:
 
     def __init__(self, path: pathlib.Path, manifest_id: str, manifest: dict[str, Any]) -> None:
         self.path, self.manifest_id, self.manifest = path, manifest_id, manifest
+        self.store: Store = LocalStore(path)
         parts = []
         first = 0
         for entry in manifest["parts"]:
@@ -101,6 +130,9 @@ class Corpus:
                     index_dtype=np.dtype(entry["index_dtype"]),
                     x_dtype=np.dtype(entry["x_dtype"]),
                     inner=manifest["inner"],
+                    store=self.store,
+                    objects=entry["objects"],
+                    labels=tuple(manifest["columns"]),
                 )
             )
             first += entry["n_cells"]

@@ -11,7 +11,7 @@ from typing import Any
 import google_crc32c
 
 FORMAT = "scjax-corpus"
-VERSION = "1.0"
+VERSION = "2.0"
 
 
 def hash_object(path: pathlib.Path) -> dict[str, Any]:
@@ -100,8 +100,9 @@ def read_manifest(root: pathlib.Path, manifest_id: str | None = None) -> tuple[s
     manifest = json.loads(content)
     version = str(manifest.get("version", ""))
     if manifest.get("format") != FORMAT or version.split(".")[0] != VERSION.split(".")[0]:
+        older = manifest.get("format") == FORMAT and version.split(".")[0] < VERSION.split(".")[0]
         raise ValueError(
             f"{path}: format {manifest.get('format')!r} version {version!r}; this scjax reads {FORMAT} "
-            f"{VERSION.split('.')[0]}.x: upgrade scjax or build the corpus again"
+            f"{VERSION.split('.')[0]}.x: {'' if older else 'upgrade scjax or '}build the corpus again"
         )
     return manifest_id, manifest

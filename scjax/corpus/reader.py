@@ -17,7 +17,7 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ import numpy as np
 from numcodecs import Blosc
 
 from scjax.corpus.format import BLOCK
+from scjax.corpus.store import CorruptDataError, StoredFile
 
 if TYPE_CHECKING:
     from scjax.corpus import Part
@@ -36,10 +37,6 @@ _ABSENT = 2**64 - 1  # offset and size of a chunk that was never written: all fi
 _BLOSC_HEADER = 16
 
 _scratch = threading.local()
-
-
-class CorruptDataError(OSError):
-    """Stored counts are damaged or cut short. The message names part, array, shard and chunk."""
 
 
 def _buffer(name: str, size: int) -> np.ndarray:
@@ -91,19 +88,26 @@ class ShardCache:
 
     def __init__(self, limit: int = OPEN_SHARDS):
         self._limit = limit
-        self._held: collections.OrderedDict[str, _Shard] = collections.OrderedDict()
+        self._held: collections.OrderedDict[Any, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, path: str, where: str, n_chunks: int, index_checksum: bool) -> _Shard:
+        return self._get(path, lambda: _Shard(path, where, n_chunks, index_checksum))
+
+    def file(self, part: Part, name: str) -> StoredFile:
+        """An object of a part's store, opened."""
+        return self._get((part.id, name), lambda: part.store.open(name))
+
+    def _get(self, key: Any, make: Callable[[], Any]) -> Any:
         with self._lock:
-            shard = self._held.get(path)
-            if shard is None:
-                shard = self._held[path] = _Shard(path, where, n_chunks, index_checksum)
+            held = self._held.get(key)
+            if held is None:
+                held = self._held[key] = make()
                 if len(self._held) > self._limit:
                     self._held.popitem(last=False)
             else:
-                self._held.move_to_end(path)
-            return shard
+                self._held.move_to_end(key)
+            return held
 
     def close(self) -> None:
         with self._lock:
@@ -256,9 +260,14 @@ class PartReader:
     def __init__(self, part: Part, shards: ShardCache | None = None):
         """Readers that share a ``ShardCache`` share its limit on open files."""
         self.part = part
-        shards = shards if shards is not None else ShardCache()
+        self._shards = shards = shards if shards is not None else ShardCache()
         self.indices = ShardedArray(part.path / "X/indices", f"part {part.id}, array X/indices", shards)
         self.data = ShardedArray(part.path / "X/data", f"part {part.id}, array X/data", shards)
+
+    def column(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
+        """As ``Part.column``, with files that stay open, among those that the ``ShardCache`` bounds."""
+        last = self.part.n_cells if last is None else last
+        return self.part.arrays.read(name, first, last, lambda path: self._shards.file(self.part, path))
 
     def row_span(self, first: int, last: int) -> tuple[int, int]:
         """Elements of rows [first, last), numbered within the part: (low, high).
@@ -270,11 +279,11 @@ class PartReader:
 
     def _begin(self, row: int) -> int:
         block, within = divmod(row, BLOCK)
-        start = int(self.part.blocks[block])
+        start = int(self.part.arrays.blocks[block])
         if within == 0:
             return start
-        rows = self.part.nnz_per_cell[block * BLOCK : (block + 1) * BLOCK]
-        if start + int(rows.sum(dtype=np.int64)) != self.part.blocks[block + 1]:
+        rows = self.column("nnz", block * BLOCK, min((block + 1) * BLOCK, self.part.n_cells))
+        if start + int(rows.sum(dtype=np.int64)) != self.part.arrays.blocks[block + 1]:
             raise CorruptDataError(
                 f"part {self.part.id}: nnz.npy and blocks.npy of its index contradict each other "
                 f"in rows {block * BLOCK} to {block * BLOCK + len(rows) - 1}"

@@ -15,7 +15,8 @@ from scipy import sparse
 
 from scjax.corpus import manifest as manifests
 from scjax.corpus.counts import MAX_COUNT, CountsError
-from scjax.corpus.format import BLOCK, Layout, index_dtype, write_part, x_dtype
+from scjax.corpus.format import Layout, index_dtype, write_part, x_dtype
+from scjax.corpus.index import write_index
 from scjax.corpus.plan import Plan
 
 Cells = dict[str, np.ndarray]  # per-cell columns
@@ -217,13 +218,10 @@ def _write_part(
     _read_back(path, "indices", pieces(genes), dtypes[0])
     _read_back(path, "data", pieces(counts), dtypes[1])
 
-    (index / "codes").mkdir(parents=True)
-    np.save(index / "nnz.npy", nnz)
-    np.save(index / "total.npy", cells["total"])
-    np.save(index / "blocks.npy", np.append(indptr[:-1:BLOCK], indptr[-1]))
-    np.save(index / "codes" / "dataset.npy", cells["dataset"])
+    columns = {"total": cells["total"], "codes/dataset": cells["dataset"]}
     for name in schema.labels:
-        np.save(index / "codes" / f"{name}.npy", schema.label_codes(name, cells[f"obs:{name}"]))
+        columns[f"codes/{name}"] = schema.label_codes(name, cells[f"obs:{name}"])
+    write_index(index, columns, nnz)
 
     objects = manifests.hash_tree(work, path, index)
     part_id = manifests.digest(objects)

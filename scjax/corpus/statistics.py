@@ -154,12 +154,13 @@ def _runs(part: Part) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     """(genes, counts, where each cell starts in these, 10,000 / depth) of one run of cells after another."""
     indptr = np.concatenate([[0], np.cumsum(part.nnz_per_cell, dtype=np.int64)])
     reader = PartReader(part)
+    total = part.total
 
     def read(first: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         low, high = int(indptr[first]), int(indptr[end])
         genes, counts = np.empty(high - low, part.index_dtype), np.empty(high - low, part.x_dtype)
         reader.read_spans([(low, high)], genes, counts)
-        scale = TARGET / np.maximum(part.total[first:end], 1.0)
+        scale = TARGET / np.maximum(total[first:end], 1.0)
         return genes, counts, indptr[first : end + 1] - low, scale
 
     def cuts() -> Iterator[tuple[int, int]]:

@@ -14,6 +14,7 @@ from scjax.corpus.format import BLOCK
 from scjax.corpus.manifest import hash_object
 from scjax.corpus.progress import cell_progress
 from scjax.corpus.reader import PartReader
+from scjax.corpus.store import CorruptDataError
 
 if TYPE_CHECKING:
     from scjax.corpus.corpus import Corpus, Part
@@ -32,7 +33,10 @@ def verify(corpus: Corpus, progress: bool) -> list[str]:
             bar.update(task, description=f"checking part {number + 1} of {len(corpus.parts)}")
             found = list(_objects(corpus.path, entry["objects"]))
             if not found and sound:  # the content is worth a look only where the bytes are right
-                found = [f"part {part.id}: {what}" for what in _content(corpus, part)]
+                try:
+                    found = [f"part {part.id}: {what}" for what in _content(corpus, part)]
+                except CorruptDataError as error:
+                    found = [str(error)]
             problems += found
             bar.advance(task, part.n_cells)
     return problems or [*_datasets(corpus)]
@@ -114,7 +118,7 @@ def _content(corpus: Corpus, part: Part) -> Iterator[str]:
 
 def _counts(corpus: Corpus, part: Part, indptr: np.ndarray) -> Iterator[str]:
     n_genes, measured, dataset = len(corpus.vocabulary), corpus.measured_table(), part.codes("dataset")
-    reader = PartReader(part)
+    reader, total = PartReader(part), part.total
     first = 0
     while first < part.n_cells:
         end = max(first + 1, int(np.searchsorted(indptr, indptr[first] + RUN_ELEMENTS, side="right")) - 1)
@@ -134,7 +138,7 @@ def _counts(corpus: Corpus, part: Part, indptr: np.ndarray) -> Iterator[str]:
         if unmeasured.any():
             yield f"cell {cell[unmeasured.argmax()]} has counts of a gene that its data set did not measure"
         sums = np.bincount(cell - first, counts, minlength=end - first)
-        short = sums > part.total[first:end] * (1 + 1e-6)  # counts that are fractions were rounded to float32
+        short = sums > total[first:end] * (1 + 1e-6)  # counts that are fractions were rounded to float32
         if short.any():
             yield f"cell {first + short.argmax()} has more counts than index/total.npy says"
         first = end

@@ -11,7 +11,6 @@ import collections
 import dataclasses
 import functools
 import heapq
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 READ_THREADS = 2
 READ_AHEAD = 4  # windows, at least
-OPEN_LABELS = 256  # files of label codes
 
 
 @dataclasses.dataclass
@@ -71,8 +69,6 @@ class Pipeline:
         self._lanes = range(loader.lanes_here.start, loader.lanes_here.stop)
         self._first_rows = np.array([part.first_row for part in loader.parts])
         self._dtypes = loader.count_dtypes
-        # mapping a file anew for every window would cost more than its counts; each map holds a file open
-        self._codes = functools.lru_cache(OPEN_LABELS)(lambda name, part: loader.parts[part].codes(name))
         self._key = functools.lru_cache(1)(
             lambda epoch: int(random_bits("genes", loader.seed, epoch, n=1)[0])
         )
@@ -116,9 +112,10 @@ class Pipeline:
             which = int(np.searchsorted(self._first_rows, first, side="right")) - 1
             first -= int(self._first_rows[which])
             pieces.append((which, first, first + n))
-        parts = loader.parts
-        lengths = _join([parts[p].nnz_per_cell[a:b] for p, a, b in pieces], np.int32)
-        genes = _join([loader.genes_per_cell[p][a:b] for p, a, b in pieces], np.int32)
+        readers = loader.readers
+        lengths = _join([readers[p].column("nnz", a, b) for p, a, b in pieces], np.int32)
+        counted = loader.genes_per_cell
+        genes = lengths if counted is None else _join([counted[p][a:b] for p, a, b in pieces], np.int32)
         slots = order.visits(epoch, lane, number, genes)
         start, stop = (epoch * order.steps_per_epoch + step for step in order.window_steps(lane, number))
         rows = _hand_out(run_rows(runs), slots, -1)
@@ -129,19 +126,21 @@ class Pipeline:
         ends = np.cumsum(lengths, dtype=np.int64)
         counts, at = self._buffer(int(ends[-1]) if len(ends) else 0), 0
         for which, first, last in pieces:
-            low, high = loader.readers[which].row_span(first, last)
+            low, high = readers[which].row_span(first, last)
             upto = at + high - low
-            loader.readers[which].read_spans([(low, high)], counts.indices[at:upto], counts.data[at:upto])
+            readers[which].read_spans([(low, high)], counts.indices[at:upto], counts.data[at:upto])
             at = upto
 
-        def column(of: Callable[[int], np.ndarray], dtype: type, filler: int) -> np.ndarray:
-            return _hand_out(_join([of(p)[a:b] for p, a, b in pieces], dtype), slots, filler)
+        def column(name: str, dtype: type, filler: int) -> np.ndarray:
+            return _hand_out(
+                _join([readers[p].column(name, a, b) for p, a, b in pieces], dtype), slots, filler
+            )
 
-        labels = [column(functools.partial(self._codes, name), np.int32, -1) for name in loader.labels]
+        labels = [column(f"codes/{name}", np.int32, -1) for name in loader.labels]
         content = Content(
             counts,
             begins=_hand_out(ends - lengths, slots, 0),
-            depth=column(lambda p: parts[p].total, np.float32, 0),
+            depth=column("total", np.float32, 0),
             labels=np.stack(labels) if labels else np.empty((0, len(slots)), np.int32),
         )
         return Window(lane, start, stop, rows, *handed, content)
