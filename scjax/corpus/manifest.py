@@ -46,17 +46,38 @@ def encode(manifest: dict[str, Any]) -> tuple[str, bytes]:
 
 def commit(root: pathlib.Path, manifest_id: str) -> None:
     """Makes a manifest the corpus's present state: HEAD changes by one atomic rename."""
-    temporary = root / "manifests" / "HEAD"
-    write_durably(temporary, f"{manifest_id}\n".encode())
-    os.replace(temporary, root / "HEAD")
-    sync_folder(root)
+    write_durably(root / "HEAD", f"{manifest_id}\n".encode(), root / "manifests" / "HEAD.partial")
 
 
-def write_durably(path: pathlib.Path, content: bytes) -> None:
-    with open(path, "wb") as file:
+def write_sources(root: pathlib.Path, manifest_id: str, record: dict[str, Any]) -> None:
+    """Notes where the sources of a build or append were, and how it was called: what a repair needs.
+
+    Args:
+      root: folder of the corpus.
+      manifest_id: the manifest that the build or append is about to commit.
+      record: what JSON can hold; ``record["parts"]`` are the ids of the parts that it wrote.
+    """
+    folder = root / "sources"
+    folder.mkdir(exist_ok=True)
+    content = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    write_durably(folder / f"{manifest_id}.json", content.encode())
+
+
+def write_durably(path: pathlib.Path, content: bytes, partial: pathlib.Path | None = None) -> None:
+    """Writes a file that is there whole or not at all, also after a power cut.
+
+    Args:
+      path: of the file; one that is there is replaced.
+      content: of it.
+      partial: its name until it is whole, on the same file system; by default beside it.
+    """
+    partial = partial or path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
 
 
 def sync_folder(path: pathlib.Path) -> None:
