@@ -15,7 +15,7 @@ import zarr
 from scipy import sparse
 
 from scjax.corpus.index import PartIndex
-from scjax.corpus.manifest import read_manifest
+from scjax.corpus.locks import hold_manifest
 from scjax.corpus.reader import PartReader
 from scjax.corpus.store import LocalStore, Store
 from scjax.corpus.summary import summarise
@@ -113,7 +113,7 @@ class Corpus:
 
     def __init__(self, path: pathlib.Path, manifest_id: str, manifest: dict[str, Any]) -> None:
         self.path, self.manifest_id, self.manifest = path, manifest_id, manifest
-        self.store: Store = LocalStore(path)
+        self.store = LocalStore(path)
         parts = []
         first = 0
         for entry in manifest["parts"]:
@@ -148,8 +148,10 @@ class Corpus:
           ValueError: damaged, or of an unknown format version.
         """
         root = pathlib.Path(path)
-        manifest_id, content = read_manifest(root, manifest)
-        return cls(root, manifest_id, content)
+        manifest_id, content, lock = hold_manifest(root, manifest)
+        corpus = cls(root, manifest_id, content)
+        corpus.store.held = lock  # while a corpus or one of its parts is in use, gc leaves it alone
+        return corpus
 
     def __len__(self) -> int:
         return self._len

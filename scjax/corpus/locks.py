@@ -14,6 +14,9 @@ import os
 import pathlib
 import weakref
 from collections.abc import Iterator
+from typing import Any
+
+from scjax.corpus.manifest import read_manifest
 
 try:
     import fcntl
@@ -69,6 +72,30 @@ class ReaderLock:
 
     def __reduce__(self) -> tuple[object, ...]:
         return _again, (self.path,)
+
+
+def hold_manifest(
+    root: pathlib.Path, manifest_id: str | None = None
+) -> tuple[str, dict[str, Any], ReaderLock]:
+    """``read_manifest`` with the lock that keeps ``gc`` from taking that state away: (id, content, lock).
+
+    An append and a gc between the two steps are no error: the new state is read.
+    """
+    while True:
+        head = _content(root / "HEAD")
+        try:
+            found, content = read_manifest(root, manifest_id)
+            return found, content, ReaderLock(root / "manifests" / f"{found}.json")
+        except FileNotFoundError:
+            if manifest_id is not None or _content(root / "HEAD") == head:
+                raise
+
+
+def _content(path: pathlib.Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 def _again(path: pathlib.Path) -> ReaderLock | None:

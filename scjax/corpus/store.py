@@ -68,10 +68,15 @@ class LocalFile:
 
 
 class LocalStore:
-    """The objects of a corpus in a folder."""
+    """The objects of a corpus in a folder.
+
+    Attributes:
+      held: what must live as long as somebody reads here: the lock that keeps gc away.
+    """
 
     def __init__(self, root: pathlib.Path) -> None:
         self.root = root
+        self.held: object = None
 
     def read(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
