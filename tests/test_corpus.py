@@ -19,7 +19,8 @@ from scipy import sparse
 from synthetic import synthetic_adata
 
 import scjax
-from scjax.corpus import Corpus, build_corpus, source
+from scjax.corpus import Corpus, build_corpus
+from scjax.corpus.sources import base
 from scjax.genes import Vocabulary
 
 # Several parts, shards and chunks out of a few hundred cells.
@@ -230,7 +231,7 @@ def test_build_does_not_depend_on_how_the_source_is_read(tmp_path, monkeypatch):
     path = tmp_path / "study.h5ad"
     synthetic_adata(200, 60).write_h5ad(path)
     build(path, tmp_path / "whole")
-    monkeypatch.setattr(source, "CHUNK_ELEMENTS", 300)
+    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 300)
     build(path, tmp_path / "pieces")
     same_bytes(tmp_path / "whole", tmp_path / "pieces")
 
@@ -239,7 +240,7 @@ def test_build_does_not_depend_on_how_the_source_is_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("form", ["csr", "csc", "dense", "float64", "int32", "raw", "layer", "legacy csr"])
 def test_every_form_of_h5ad_gives_the_same_counts(tmp_path, monkeypatch, form, pieces):
     if pieces:
-        monkeypatch.setattr(source, "CHUNK_ELEMENTS", 500)
+        monkeypatch.setattr(base, "CHUNK_ELEMENTS", 500)
     adata = synthetic_adata(120, 40)
     stored, layer = adata.copy(), None
     if form in ("csc", "dense"):

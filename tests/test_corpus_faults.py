@@ -79,7 +79,7 @@ def test_a_value_that_is_no_count_is_named(tmp_path, form, value, message):
 
 
 def test_a_bad_value_far_down_the_file_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("scjax.corpus.source.CHUNK_ELEMENTS", 200)
+    monkeypatch.setattr("scjax.corpus.sources.base.CHUNK_ELEMENTS", 200)
     adata = spoiled(-3, cell=71, gene=2)
     for form in (adata.X, adata.X.tocsc(), adata.X.toarray()):
         adata.X = form
@@ -187,7 +187,9 @@ def test_genes_without_names(tmp_path):
 def test_files_that_are_no_h5ad(tmp_path):
     out, path = tmp_path / "c", tmp_path / "s.h5ad"
     refuse(FileNotFoundError, "s.h5ad: no such file", path, out)
-    refuse(ValueError, "is a folder", tmp_path, out)
+    refuse(
+        ValueError, "no source in this folder .*; a source is an .h5ad file, an AnnData zarr", tmp_path, out
+    )
     path.write_text("cell,gene\n")
     refuse(ValueError, "s.h5ad: not an HDF5 file", path, out)
     path.write_bytes(b"")

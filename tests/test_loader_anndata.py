@@ -42,7 +42,7 @@ def test_cells_of_an_anndata(kind):
 
 
 def test_cells_over_several_runs_of_rows(monkeypatch):
-    monkeypatch.setattr("scjax.corpus.source.CHUNK_ELEMENTS", 2000)
+    monkeypatch.setattr("scjax.corpus.sources.base.CHUNK_ELEMENTS", 2000)
     adata = study(700, 0)
     vocabulary = Vocabulary.from_anndata([adata])
     batches = list(cells(adata, vocabulary, 64, bucket_lengths=[80]))

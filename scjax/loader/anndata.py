@@ -14,7 +14,7 @@ from scjax.types import CellBatch
 if TYPE_CHECKING:
     import anndata as ad
 
-    from scjax.corpus.source import Source
+    from scjax.corpus.sources import Source
     from scjax.genes import Vocabulary
 
 _GENE, _COUNT = np.dtype(np.uint32), np.dtype(np.float32)
@@ -50,7 +50,7 @@ def cells(
       ValueError: no gene is in the vocabulary, or several columns are the same gene.
       KeyError: no such layer or obs column; lists those there are.
     """
-    from scjax.corpus.source import open_source
+    from scjax.corpus.sources import open_source
 
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
