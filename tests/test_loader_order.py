@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scjax.loader.buckets import batch_lengths, bucket_of, choose_lengths, round_up
-from scjax.loader.order import Order, default_block, default_lanes, permutation, random_bits
+from scjax.loader.order import Order, default_block, default_lanes, permutation, random_bits, run_rows
 
 LENGTHS = np.random.default_rng(0).lognormal(6.0, 0.5, 1_000_000).astype(np.int64)
 
@@ -18,6 +18,12 @@ def lengths(rows):
 def epoch_of(order, epoch=0):
     """int64[steps, B]"""
     return np.stack([order.rows(epoch, step, lengths) for step in range(order.steps_per_epoch)])
+
+
+def lane_by_lane(order, epoch=0):
+    """The same, faster."""
+    lanes = [order.lane_rows(epoch, lane, lengths) for lane in range(order.lanes)]
+    return np.stack(lanes, axis=1).reshape(order.steps_per_epoch, -1)
 
 
 @st.composite
@@ -41,6 +47,7 @@ def orders(draw):
 @given(order=orders(), epoch=st.integers(0, 3))
 def test_every_row_comes_once_and_filler_only_at_the_end(order, epoch):
     batches = epoch_of(order, epoch)
+    np.testing.assert_array_equal(batches, lane_by_lane(order, epoch))
     rows = batches[batches >= 0]
     first = order.parts[0][0]
     np.testing.assert_array_equal(np.sort(rows), np.arange(first, first + order.n_rows))
@@ -68,10 +75,13 @@ def test_lanes_own_slices_of_one_sequence_and_windows_tile_them(order):
         assert at == len(stream)
 
 
-def _stream(order, lane, epoch=0):
+def _runs(order, lane, epoch=0):
     last = int(order.windows_at(order.steps_per_epoch - 1)[lane])
-    runs = [run for window in range(last + 1) for run in order.runs(epoch, lane, window)]
-    return [row for first, n in runs for row in range(first, first + n)]
+    return [run for window in range(last + 1) for run in order.runs(epoch, lane, window)]
+
+
+def _stream(order, lane, epoch=0):
+    return [row for first, n in _runs(order, lane, epoch) for row in range(first, first + n)]
 
 
 def test_runs_are_blocks_of_neighbours():
@@ -151,10 +161,12 @@ def test_small_corpora_get_smaller_blocks():
     assert default_block(500_000, 256, 140) == 512
     assert default_block(5000, 64, 140) == 512
     assert default_block(5000, 64, 5) == 16
+    assert default_block(10**8, 64, 140, in_source_order=True) == 64
+    assert default_block(5000, 64, 140, in_source_order=True) == 16
 
 
 def test_lanes_by_default():
-    assert [default_lanes(b) for b in (1, 7, 48, 64, 256, 1024, 1536)] == [1, 1, 16, 64, 256, 256, 256]
+    assert [default_lanes(b) for b in (1, 7, 48, 64, 96, 1024, 1536)] == [1, 1, 16, 64, 32, 64, 64]
 
 
 @pytest.mark.parametrize(
@@ -247,19 +259,58 @@ def test_a_top_bucket_need_not_be_a_multiple_of_64():
 
 def composition_variance(order, labels):
     """Variance of the share of each label in a batch, over what independent draws would give."""
-    batches = epoch_of(order)[:-1]
+    batches = lane_by_lane(order)[:-1]
     share = np.stack([(labels[batches] == k).mean(1) for k in range(labels.max() + 1)])
-    p = share.mean(1)
-    return share.var(1).sum() / ((p * (1 - p)).sum() / order.batch_size)
+    p = np.bincount(labels) / len(labels)
+    return ((share - p[:, None]) ** 2).mean(1).sum() / ((p * (1 - p)).sum() / order.batch_size)
 
 
-def test_batches_mix_studies_as_well_as_independent_draws():
-    n, studies = 100_000, 30
-    stored = np.sort(np.random.default_rng(0).integers(0, studies, n))  # study after study
-    order = Order(((0, n),), batch_size=1024, lanes=128, window=1024, block=64)
-    assert composition_variance(order, stored) < 1.6
-    mixed = np.random.default_rng(1).permutation(stored)
-    order = Order(((0, n),), batch_size=1024, lanes=256, window=1024)
-    assert composition_variance(order, mixed) < 1.1
-    one_lane = Order(((0, n),), batch_size=1024, lanes=1, window=16_384, block=1024)
-    assert composition_variance(one_lane, stored) > 10  # what lanes are for
+@pytest.mark.parametrize("n_studies, batch_size", [(30, 1024), (600, 1024), (600, 256)])
+def test_batches_mix_studies_as_well_as_independent_draws(n_studies, batch_size):
+    """With the defaults, cells shuffled on disk or not, few large studies or many small ones."""
+    n, rng = 300_000, np.random.default_rng(0)
+    size = rng.lognormal(0, 1, n_studies)
+    stored = np.sort(rng.choice(n_studies, n, p=size / size.sum()))  # study after study
+    parts = tuple((first, min(2**16, n - first)) for first in range(0, n, 2**16))
+    lanes = default_lanes(batch_size)
+    for codes, in_source_order, most in ((stored, True, 1.6), (rng.permutation(stored), False, 1.1)):
+        block = default_block(n, lanes, 140, in_source_order)
+        assert composition_variance(Order(parts, batch_size, lanes, block=block), codes) < most
+    one_lane = Order(parts, batch_size, lanes=1, window=16_384, block=1024)
+    assert composition_variance(one_lane, stored) > 3  # what lanes are for
+
+
+def test_cells_that_were_appended_are_in_every_batch_alike():
+    """Two builds, each shuffled, one after the other: blocks of a thousand rows are enough."""
+    n = 400_000
+    origin = (np.arange(n) >= 300_000).astype(int)
+    order = Order(((0, 300_000), (300_000, 100_000)), batch_size=1024, lanes=64, block=1024)
+    assert composition_variance(order, origin) < 1
+
+
+def test_every_window_samples_the_whole_slice_of_its_lane():
+    n, lanes = 2**20, 16
+    order = Order(((0, n),), batch_size=64, lanes=lanes, block=64)
+    for lane in (0, 7):
+        for window in range(2, 40):
+            rows = run_rows(order.runs(0, lane, window))
+            turn = np.bincount(rows * 64 // n, minlength=64)  # a lane's slice is 4 to 5 of these 64ths
+            assert 4 <= (turn > 0).sum() <= 5
+            assert np.sort(turn)[-4:].min() >= 128
+
+
+@settings(max_examples=30, deadline=None)
+@given(order=orders(), epoch=st.integers(0, 2))
+def test_pieces_are_of_one_block_and_no_more_than_they_need_be(order, epoch):
+    """Every block is whole, but for one cut a lane of its own and one where its slice begins."""
+    runs = [run for lane in range(order.lanes) for run in _runs(order, lane, epoch)]
+    blocks = sum(-(-n // order.block) for _, n in order.parts)
+    windows = int((order.windows_at(order.steps_per_epoch - 1) + 1).sum())
+    assert len(runs) <= blocks + windows + 2 * order.lanes
+
+
+def test_windows_hold_whole_blocks():
+    order = Order(((0, 2**18), (2**18, 2**18)), batch_size=1024, lanes=64)
+    runs = [run for lane in range(64) for run in _runs(order, lane)]
+    whole = sum(n == 1024 for _, n in runs)
+    assert whole >= 512 - 2 * 64 and len(runs) <= whole + 5 * 64

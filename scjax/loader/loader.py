@@ -111,6 +111,7 @@ class Loader:
 
         n_rows, nnz = sum(part.n_cells for part in self.parts), sum(part.nnz for part in self.parts)
         chunk_rows = max(part.inner for part in self.parts) * n_rows / max(nnz, 1)
+        in_source_order = not corpus.manifest.get("shuffled", True)
         lanes = default_lanes(self.batch_size) if lanes is None else int(lanes)
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
@@ -124,7 +125,7 @@ class Loader:
             batch_size=self.batch_size,
             lanes=lanes,
             window=int(window),
-            block=default_block(n_rows, lanes, chunk_rows) if block is None else int(block),
+            block=default_block(n_rows, lanes, chunk_rows, in_source_order) if block is None else int(block),
             seed=self.seed,
             salt=f"{corpus.manifest_id}/{split}",
             shuffle=bool(shuffle),

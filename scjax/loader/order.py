@@ -1,19 +1,30 @@
 """Which cell goes where: the order of an epoch as pure arithmetic on row numbers.
 
-An epoch is a sequence of all N rows of a split, made by permuting blocks of neighbouring rows (one
-block is one read). V virtual lanes own equal slices of that sequence. Every step takes r = B / V rows
-from each lane, and a lane hands its rows out window by window, shuffled inside each window:
+An epoch is a sequence of D rows: all N rows of a split once each (D = N), or, where there are weights, D
+draws of them. V virtual lanes own equal slices of that sequence. Every step takes r = B / V rows from each
+lane, and a lane hands its rows out window by window, shuffled inside each window:
 
-    sequence   |---- lane 0 ----|---- lane 1 ----|---- lane 2 ----| ...        N rows
+    sequence   |---- lane 0 ----|---- lane 1 ----|---- lane 2 ----| ...        D rows
     lane       |win|-- window --|-- window --|wi|                            W rows each, the first cut short
     batch t    r rows of lane 0, r rows of lane 1, ...                         B rows
 
-Because a lane does not know who reads it, a batch is the same on any number of hosts; because a window is
-a function of (seed, epoch, lane, window) alone, any step can be reached without visiting those before it.
-Windows begin at a different step in each lane, so that the reading they cause is spread evenly.
+What holds, for every seed and epoch e, and is tested:
 
-Nothing here reads a file. The number of expressed genes per row, which grouping by length needs, is handed
-in by the caller.
+- A batch is a function of (manifest, settings, seed, e, step), not of the hosts, as a lane does not know who
+  reads it; a window is one of (seed, e, lane, window), so that any step is reached without those before it.
+- Without weights every row comes exactly once an epoch. With them an epoch is exactly D draws, and
+  ``scjax.loader.weights`` says which.
+- An epoch has ceil(D / B) steps. Lane v holds floor((v + 1) D / V) - floor(v D / V) rows, so all lanes are
+  exhausted in the last step, and rows of weight 0 (-1 here) fill it up; there are none in other steps.
+- The sequence (``scjax.loader.sequence``) takes blocks of neighbouring rows, one block being one read, such
+  that rows of all regions of the corpus are in the windows at any time.
+- Windows begin at a different step in each lane, so that the reading they cause is spread evenly.
+- Copies of a row that is drawn several times are handed out evenly over its window: with m copies and a
+  window of K steps they are in different batches while m is well below K. Grouping by length puts them side
+  by side, and a row with more copies than a window has steps comes several times in a batch.
+
+The definition is ``Order.rows``. Nothing here reads a file but through ``weights``, which reads label codes.
+The number of expressed genes per row, which grouping by length needs, is handed in by the caller.
 """
 
 from __future__ import annotations
@@ -22,13 +33,21 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scjax.loader.sequence import Sequence as Layout
+from scjax.loader.sequence import blocks_of, shuffled, stored
+
+if TYPE_CHECKING:
+    from scjax.loader.weights import Weights
+
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio
 Lengths = Callable[[np.ndarray], np.ndarray]  # global row numbers -> expressed genes of each
 
-MAX_LANES = 256
+MAX_LANES = 64  # by default: with windows of 1,024 cells, 65 thousand are held, half a gigabyte or less
+BLOCK, SOURCE_BLOCK = 1024, 64  # rows, in corpora that were shuffled when they were built and in others
 
 
 def random_bits(*key: Any, n: int) -> np.ndarray:
@@ -48,15 +67,19 @@ def permutation(*key: Any, n: int) -> np.ndarray:
 
 
 def default_lanes(batch_size: int) -> int:
-    """The largest power of two that divides the batch, at most 256."""
+    """The largest power of two that divides the batch, at most 64, whatever the number of processes."""
     return min(MAX_LANES, batch_size & -batch_size)
 
 
-def default_block(n_rows: int, lanes: int, chunk_rows: float) -> int:
-    """1024 rows, less where a lane would otherwise hold fewer than four blocks; but a few times what is
-    decompressed at a time (``chunk_rows``), as the rest of a chunk is decompressed for nothing."""
-    block = 1024
-    while block > max(16, 4 * chunk_rows) and block * 4 * lanes > n_rows:
+def default_block(n_rows: int, lanes: int, chunk_rows: float, in_source_order: bool = False) -> int:
+    """1,024 rows, less where a lane would otherwise hold fewer than four blocks; but a few times what is
+    decompressed at a time (``chunk_rows``), as the rest of a chunk is decompressed for nothing.
+
+    Where cells lie in the order of their sources a block is a single kind of cell, and a window must hold
+    many of them: 64 rows at most, although more is then decompressed than is used.
+    """
+    block, least = (SOURCE_BLOCK, 16.0) if in_source_order else (BLOCK, max(16, 4 * chunk_rows))
+    while block > least and block * 4 * lanes > n_rows:
         block //= 2
     return block
 
@@ -78,6 +101,9 @@ class Order:
         then come in plain row order.
       group_lengths: sort each window by length and hand it out in groups of similar length. All lanes
         visit long and short groups at the same steps, in a random order.
+      weights: how often which row is drawn, for the same parts and block; None for once each.
+      skip: stretches of more rows than this that a window does not draw are not read. Has no part in what
+        is handed out.
     """
 
     parts: tuple[tuple[int, int], ...]
@@ -89,6 +115,8 @@ class Order:
     salt: str = ""
     shuffle: bool = True
     group_lengths: bool = False
+    weights: Weights | None = None
+    skip: int = 128
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "lanes", "window", "block"):
@@ -109,6 +137,11 @@ class Order:
         return sum(n for _, n in self.parts)
 
     @property
+    def n_draws(self) -> int:
+        """D, rows that an epoch hands out."""
+        return self.n_rows if self.weights is None else self.weights.draws
+
+    @property
     def rows_per_lane(self) -> int:
         """r, the rows that a lane gives to each step."""
         return self.batch_size // self.lanes
@@ -116,7 +149,7 @@ class Order:
     @functools.cached_property
     def steps_per_epoch(self) -> int:
         """Steps until the longest lane is exhausted; the last may hold filler rows."""
-        return -(-self.n_rows // self.batch_size)
+        return -(-self.n_draws // self.batch_size)
 
     @functools.cached_property
     def steps_per_window(self) -> int:
@@ -125,7 +158,7 @@ class Order:
 
     @functools.cached_property
     def _lane_starts(self) -> np.ndarray:
-        return np.array([lane * self.n_rows // self.lanes for lane in range(self.lanes + 1)])
+        return np.array([lane * self.n_draws // self.lanes for lane in range(self.lanes + 1)])
 
     @functools.cached_property
     def _window_zero(self) -> np.ndarray:
@@ -153,55 +186,85 @@ class Order:
 
     @functools.cached_property
     def _blocks(self) -> tuple[np.ndarray, np.ndarray]:
-        """First global row and size of every block. A block never spans two parts."""
-        firsts, sizes = [], []
-        for first, n in self.parts:
-            starts = np.arange(0, n, self.block)
-            firsts.append(first + starts)
-            sizes.append(np.minimum(self.block, n - starts))
-        return np.concatenate(firsts), np.concatenate(sizes)
+        return blocks_of(self.parts, self.block)
 
-    def _sequence(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """First row of every block in the epoch's order, and the positions at which the blocks begin."""
+    def phase(self, epoch: int) -> int:
+        """Where the draws of a weighted epoch begin: 64 bits, steps of the golden ratio from epoch to epoch.
+
+        They are spread evenly over any stretch of epochs, so that a row that comes in every third epoch
+        does so in about every third, and never in the first two only.
+        """
+        start = int(random_bits("draws", self.salt, self.seed, n=1)[0])
+        return (start + epoch * GOLDEN) % 2**64
+
+    def _sequence(self, epoch: int) -> Layout:
         kept = self._sequences.get(epoch)
         if kept is not None:
             return kept
-        firsts, sizes = self._blocks
-        if self.shuffle:
-            order = permutation("blocks", self.salt, self.seed, epoch, n=len(firsts))
-            firsts, sizes = firsts[order], sizes[order]
-        kept = (firsts, np.concatenate([[0], np.cumsum(sizes)]))
+        sizes, whole = self._blocks[1], self.block if self.weights is None else None
+        if self.weights is not None:
+            sizes = self.weights.block_draws(self.phase(epoch))
+        if not self.shuffle:
+            kept = stored(sizes)
+        else:
+            window = self.steps_per_window * self.rows_per_lane
+            heads = np.zeros(self.lanes, np.int64)
+            if whole is not None and window % whole == 0:
+                heads += [self.window_steps(lane, 0)[1] * self.rows_per_lane for lane in range(self.lanes)]
+                heads %= whole
+            bits = random_bits("blocks", self.salt, self.seed, epoch, n=len(sizes) + self.lanes + 1)
+            kept = shuffled(sizes, self._lane_starts, bits, window=window, whole=whole, heads=heads)
         self._sequences[epoch] = kept
         for old in list(self._sequences)[:-2]:  # an epoch and the next, whose windows are read ahead
             self._sequences.pop(old, None)
         return kept
 
     @functools.cached_property
-    def _sequences(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    def _sequences(self) -> dict[int, Layout]:
         return {}
 
-    def runs(self, epoch: int, lane: int, window: int) -> list[tuple[int, int]]:
-        """The rows of a window as stored: runs of neighbours, (first row, number of rows) each."""
-        firsts, begins = self._sequence(epoch)
+    def _pieces(self, epoch: int, lane: int, window: int) -> list[tuple[int, int, int]]:
+        """(block, first, number) of the rows, or draws, of a window."""
         start, stop = self.window_steps(lane, window)
-        low, end = self._lane_starts[lane : lane + 2]
+        low, end = (int(at) for at in self._lane_starts[lane : lane + 2])
         high = min(low + stop * self.rows_per_lane, end)
-        low = min(low + start * self.rows_per_lane, end)
-        out = []
-        block = int(np.searchsorted(begins, low, side="right")) - 1
-        while low < high:
-            upto = min(high, begins[block + 1])
-            out.append((int(firsts[block] + low - begins[block]), int(upto - low)))
-            low, block = upto, block + 1
-        return out
+        return self._sequence(epoch).between(min(low + start * self.rows_per_lane, end), high)
+
+    def runs(self, epoch: int, lane: int, window: int) -> list[tuple[int, int]]:
+        """What is read for a window: runs of neighbouring rows, (first row, number of rows) each.
+
+        A run lies inside one block. Without weights these are the rows that the window hands out.
+        """
+        if self.weights is not None:
+            return self._drawn(epoch, lane, window)[0]
+        firsts = self._blocks[0]
+        return [(int(firsts[block]) + at, n) for block, at, n in self._pieces(epoch, lane, window)]
 
     def picks(self, epoch: int, lane: int, window: int) -> np.ndarray | None:
         """Which of the rows that ``runs`` reads the window hands out: int64[m], positions within the runs.
 
-        A weighted order repeats some rows and leaves out others; the positions never decrease. None stands
-        for all rows, once each.
+        A weighted order repeats some rows and leaves out others; the positions never decrease, and copies of
+        a row are neighbours. None stands for all rows, once each.
         """
-        return None
+        return None if self.weights is None else self._drawn(epoch, lane, window)[1]
+
+    @functools.cached_property
+    def _drawn(self) -> Callable[[int, int, int], tuple[list[tuple[int, int]], np.ndarray]]:
+        return functools.lru_cache(2 * self.lanes)(self._draw)  # asked for several times while it is read
+
+    def _draw(self, epoch: int, lane: int, window: int) -> tuple[list[tuple[int, int]], np.ndarray]:
+        """The runs and picks of a window of a weighted order."""
+        assert self.weights is not None
+        runs: list[tuple[int, int]] = []
+        picks, read = [np.empty(0, np.int64)], 0
+        for block, first, n in self._pieces(epoch, lane, window):
+            draws = self.weights.row_draws(self.phase(epoch), block)
+            rows = np.repeat(np.arange(len(draws)), draws)[first : first + n]
+            for piece in np.split(rows, np.flatnonzero(np.diff(rows) > self.skip) + 1):
+                runs.append((int(self._blocks[0][block] + piece[0]), int(piece[-1] - piece[0]) + 1))
+                picks.append(piece - piece[0] + read)
+                read += runs[-1][1]
+        return runs, np.concatenate(picks)
 
     def visits(self, epoch: int, lane: int, window: int, lengths: np.ndarray) -> np.ndarray:
         """In which order the rows of a window are handed out.
@@ -223,7 +286,9 @@ class Order:
                 keys |= random_bits("rows", self.salt, self.seed, epoch, lane, window, n=n) >> np.uint64(32)
             order = np.argsort(keys, kind="stable")
         elif self.shuffle:
-            order = permutation("rows", self.salt, self.seed, epoch, lane, window, n=n)
+            bits = random_bits("rows", self.salt, self.seed, epoch, lane, window, n=n)
+            picks = self.picks(epoch, lane, window)
+            order = np.argsort(bits if picks is None else _apart(bits, picks), kind="stable")
         filler = np.full(steps * r - n, -1, np.int64)
         if not self.group_lengths:
             return np.concatenate([order, filler])
@@ -250,15 +315,31 @@ class Order:
             raise ValueError(f"step {step} is outside the epoch's {self.steps_per_epoch} steps")
         out = np.empty((self.lanes, self.rows_per_lane), np.int64)
         for lane, window in enumerate(self.windows_at(step)):
-            rows = run_rows(self.runs(epoch, lane, int(window)))
-            picks = self.picks(epoch, lane, int(window))
-            rows = rows if picks is None else rows[picks]
-            genes = np.zeros(len(rows), np.int64) if lengths is None else lengths(rows)
-            slots = self.visits(epoch, lane, int(window), genes)
             at = (step - self.window_steps(lane, int(window))[0]) * self.rows_per_lane
-            slots = slots[at : at + self.rows_per_lane]
-            out[lane] = np.where(slots < 0, -1, np.append(rows, -1)[slots])
+            out[lane] = self._handed(epoch, lane, int(window), lengths)[at : at + self.rows_per_lane]
         return out.ravel()
+
+    def lane_rows(self, epoch: int, lane: int, lengths: Lengths | None = None) -> np.ndarray:
+        """What a lane gives to each step of an epoch: int64[steps, r]; ``rows`` for all steps at once."""
+        windows = int(self.windows_at(self.steps_per_epoch - 1)[lane]) + 1
+        handed = [self._handed(epoch, lane, window, lengths) for window in range(windows)]
+        return np.concatenate(handed).reshape(self.steps_per_epoch, self.rows_per_lane)
+
+    def _handed(self, epoch: int, lane: int, window: int, lengths: Lengths | None) -> np.ndarray:
+        rows, picks = run_rows(self.runs(epoch, lane, window)), self.picks(epoch, lane, window)
+        rows = rows if picks is None else rows[picks]
+        genes = np.zeros(len(rows), np.int64) if lengths is None else lengths(rows)
+        slots = self.visits(epoch, lane, window, genes)
+        return np.where(slots < 0, -1, np.append(rows, -1)[slots])
+
+
+def _apart(bits: np.ndarray, picks: np.ndarray) -> np.ndarray:
+    """Keys to sort by, at random, that spread the m copies of a row evenly: 1/m of the whole apart."""
+    first = np.flatnonzero(np.diff(picks, prepend=-1))
+    copies = np.diff(np.append(first, len(picks)))
+    number = np.arange(len(picks)) - np.repeat(first, copies)
+    apart = np.uint64(2**64 - 1) // np.repeat(copies, copies).astype(np.uint64)
+    return np.repeat(bits[first], copies) + number.astype(np.uint64) * apart  # modulo 2**64
 
 
 def run_rows(runs: Sequence[tuple[int, int]]) -> np.ndarray:
