@@ -109,6 +109,8 @@ class Source(abc.ABC):
           CountsError: the matrix does not hold counts; names cell and gene, and a layer that does.
           OSError, ValueError: the file is damaged.
         """
+        from scjax.corpus.sources.kernels import tidy
+
         last = self.shape[0] if last is None else last
         if not 0 <= first <= last <= self.shape[0]:
             raise ValueError(f"{self.where}: no rows {first} to {last}; there are {self.shape[0]}")
@@ -118,8 +120,9 @@ class Source(abc.ABC):
             except CountsError:
                 self._complain(rows, first, allow_non_integer)
                 raise
-            rows.sum_duplicates()
-            rows.eliminate_zeros()
+            if not tidy(rows.indptr, rows.indices, rows.data):
+                rows.sum_duplicates()
+                rows.eliminate_zeros()
             yield first, rows
             first += rows.shape[0]
 
