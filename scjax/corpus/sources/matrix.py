@@ -57,6 +57,13 @@ class Compressed:
         wrong |= starts[0] < 0 or starts[-1] > self.n_stored
         if wrong or (first == 0 and starts[0] != 0) or (last == major and starts[-1] != self.n_stored):
             raise self._torn()
+        minor = self.shape[1] if self.by_row else self.shape[0]
+        longest = int(np.diff(starts).argmax()) if last > first else 0
+        if last > first and starts[longest + 1] - starts[longest] > minor:
+            raise ValueError(
+                f"{self.where}: damaged: {'row' if self.by_row else 'column'} {longest + first} has "
+                f"{starts[longest + 1] - starts[longest]} stored values, more than the {minor} it can have"
+            )
         return starts
 
     def runs(self, max_elements: int) -> list[tuple[int, int]]:

@@ -115,10 +115,39 @@ class ZarrSource(Source):
         if kind not in ("csr_matrix", "csc_matrix"):
             raise ValueError(f"{self.where}: encoding {kind!r}; a matrix is dense, csr_matrix or csc_matrix")
         arrays: Any = [group[name] for name in ("data", "indices", "indptr")]
-        reads = map(_vector, arrays)
-        matrix = Compressed(self.where, self.shape, kind == "csr_matrix", self.n_stored, *reads)
+        data, indices, indptr = (self._vector(array) for array in arrays)
+
+        def checked(low: int, high: int) -> np.ndarray:
+            # A chunk of zeros alone is not stored, and zarr reads a chunk that is lost as zeros. Of gene
+            # numbers, zeros alone are a lost chunk where any row has two of them.
+            for start, end in self._missing(arrays[1], low, high):
+                if (np.diff(np.clip(indptr(0, arrays[2].shape[0]), start, end)) > 1).any():
+                    raise self._lost(arrays[1], start, end)
+            return indices(low, high)
+
+        def stored(low: int, high: int) -> np.ndarray:
+            for start, end in self._missing(arrays[0], low, high):
+                raise self._lost(arrays[0], start, end)
+            return data(low, high)
+
+        by_row = kind == "csr_matrix"
+        matrix = Compressed(self.where, self.shape, by_row, self.n_stored, stored, checked, indptr)
         matrix.check(arrays[1].shape[0], arrays[2].shape[0])
         return matrix
+
+    @staticmethod
+    def _vector(array: Any) -> Read:
+        return lambda low, high: np.asarray(array[low:high])
+
+    def _missing(self, array: Any, low: int, high: int) -> Iterator[tuple[int, int]]:
+        """The ranges of elements within [low, high) whose file is not there."""
+        length = (array.shards or array.chunks)[0]
+        for chunk in range(low // length, -(-high // length)):
+            if not (self.path / array.path / array.metadata.encode_chunk_key((chunk,))).is_file():
+                yield chunk * length, min((chunk + 1) * length, array.shape[0])
+
+    def _lost(self, array: Any, start: int, end: int) -> ValueError:
+        return ValueError(f"{self.path}: damaged: elements {start} to {end} of {array.path} are missing")
 
     def runs(self, max_elements: int) -> list[tuple[int, int]]:
         with self._open() as group:
@@ -147,10 +176,6 @@ class ZarrSource(Source):
                 elif matrix is not None and "data" in matrix:
                     heads[name] = matrix["data"][:100_000]
         return heads
-
-
-def _vector(array: Any) -> Read:
-    return lambda low, high: np.asarray(array[low:high])
 
 
 def _short(error: BaseException) -> str:
