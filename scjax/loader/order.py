@@ -43,7 +43,6 @@ from scjax.loader.sequence import blocks_of, shuffled, stored
 if TYPE_CHECKING:
     from scjax.loader.weights import Weights
 
-GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio
 Lengths = Callable[[np.ndarray], np.ndarray]  # global row numbers -> expressed genes of each
 
 MAX_LANES = 64  # by default: with windows of 1,024 cells, 65 thousand are held, half a gigabyte or less
@@ -188,22 +187,13 @@ class Order:
     def _blocks(self) -> tuple[np.ndarray, np.ndarray]:
         return blocks_of(self.parts, self.block)
 
-    def phase(self, epoch: int) -> int:
-        """Where the draws of a weighted epoch begin: 64 bits, steps of the golden ratio from epoch to epoch.
-
-        They are spread evenly over any stretch of epochs, so that a row that comes in every third epoch
-        does so in about every third, and never in the first two only.
-        """
-        start = int(random_bits("draws", self.salt, self.seed, n=1)[0])
-        return (start + epoch * GOLDEN) % 2**64
-
     def _sequence(self, epoch: int) -> Layout:
         kept = self._sequences.get(epoch)
         if kept is not None:
             return kept
         sizes, whole = self._blocks[1], self.block if self.weights is None else None
         if self.weights is not None:
-            sizes = self.weights.block_draws(self.phase(epoch))
+            sizes = self.weights.block_draws(epoch)
         if not self.shuffle:
             kept = stored(sizes)
         else:
@@ -258,7 +248,7 @@ class Order:
         runs: list[tuple[int, int]] = []
         picks, read = [np.empty(0, np.int64)], 0
         for block, first, n in self._pieces(epoch, lane, window):
-            draws = self.weights.row_draws(self.phase(epoch), block)
+            draws = self.weights.row_draws(epoch, block)
             rows = np.repeat(np.arange(len(draws)), draws)[first : first + n]
             for piece in np.split(rows, np.flatnonzero(np.diff(rows) > self.skip) + 1):
                 runs.append((int(self._blocks[0][block] + piece[0]), int(piece[-1] - piece[0]) + 1))

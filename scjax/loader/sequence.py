@@ -54,10 +54,9 @@ def blocks_of(parts: tuple[tuple[int, int], ...], block: int) -> tuple[np.ndarra
 
 
 def stored(sizes: np.ndarray) -> Sequence:
-    """All blocks as they are stored."""
-    return Sequence(
-        np.arange(len(sizes)), np.zeros(len(sizes), np.int64), np.concatenate([[0], np.cumsum(sizes)])
-    )
+    """All blocks as they are stored; blocks of 0 do not occur."""
+    there = np.flatnonzero(sizes)
+    return Sequence(there, np.zeros_like(there), np.concatenate([[0], np.cumsum(sizes[there])]))
 
 
 def shuffled(
@@ -82,7 +81,7 @@ def shuffled(
     end = int(lane_starts[-1])
     turn = int(bits[-1] % np.uint64(end))  # where in the corpus lane 0 begins
     edges = np.concatenate([[0], np.cumsum(sizes)])
-    starts = np.unique(np.concatenate([edges[:-1], (turn + lane_starts[:-1]) % end]))
+    starts = np.unique(np.concatenate([edges[:-1][sizes > 0], (turn + lane_starts[:-1]) % end]))
     n = np.diff(np.append(starts, end))
     block = np.searchsorted(edges, starts, side="right") - 1
     offset = starts - edges[block]
