@@ -1,10 +1,11 @@
-"""The obs columns of many studies as one table: one kind and one list of categories per column."""
+"""The obs columns of many studies as one table: one name, one kind and one list of categories per column."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,21 @@ import pandas as pd
 
 MAX_CATEGORIES = 4096  # a text column with more values than this is kept as plain text
 RESERVED = ("scjax_dataset", "scjax_source_row", "scjax_cell_id")
+_SEPARATORS = re.compile(r"(?<!\d)[-_. ]+|[-_. ]+(?!\d)")
+_SNAKE = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*")
+
+
+def alike(name: str) -> str:
+    """What is left of a column's name without case, "_", "-", "." and spaces: CellType -> celltype.
+
+    A separator between two digits stays: ``res.0.1`` and ``res.01`` are two columns.
+    """
+    return re.sub(r"[-_. ]+", ".", _SEPARATORS.sub("", name)).casefold() or name
 
 
 @dataclasses.dataclass
 class _Column:
+    spellings: Counter[str] = dataclasses.field(default_factory=Counter)
     kinds: set[str] = dataclasses.field(default_factory=set)
     values: set[str] | None = dataclasses.field(default_factory=set)
     complete: bool = True
@@ -25,22 +37,97 @@ class _Column:
 class ObsSchema:
     """Collects the obs columns of all studies, then encodes each study's obs alike.
 
+    Columns whose names differ only in case, "_", "-", "." and spaces are one: it has the name that
+    ``columns``, the corpus that is added to, or ``labels`` gives it, else the snake_case spelling if that
+    occurs, else the most frequent, else the first in the alphabet.
+
     Categoricals, strings and what else is no number become categories (sorted, at most MAX_CATEGORIES,
     more only in a column asked for as a label) or plain text. Numbers stay numbers; where a study lacks one,
     it is NaN. Truth values that some study lacks become the categories False and True.
+
+    Args:
+      labels: columns to keep as labels; None: all categories.
+      unknown: label values that mean "not known".
+      columns: name -> other names for it. In each study the first of these that it has is taken, and any
+        other, of the same name or listed, is left out.
+
+    Attributes:
+      kinds, categories: after ``finish``: name -> "category", "text" or a dtype; name -> its categories.
     """
 
-    def __init__(self, labels: Sequence[str] | None, unknown: Sequence[str]) -> None:
-        self._forced = set(labels or ())
-        self._labels = labels
+    def __init__(
+        self,
+        labels: Sequence[str] | None,
+        unknown: Sequence[str],
+        columns: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self._unknown = set(unknown)
         self._columns: dict[str, _Column] = {}
         self._studies = 0
+        self._fixed = {"dataset": "dataset"}  # alike(name) -> the name that the column has whatever occurs
+        self._listed: dict[str, list[str]] = {}  # alike(name) -> other names, the most wanted first
+        self._target: dict[str, str] = {}  # alike(other name) -> alike(name)
+        self._base: dict[str, Sequence[str]] = {}
+        self._forced: set[str] = set()
+        self._labels = labels
+        for name, others in (columns or {}).items():
+            key = alike(name)
+            others = [others] if isinstance(others, str) else list(others)
+            if key in self._listed:
+                raise ValueError(f"columns= names {self._fixed[key]!r} and {name!r}, which are one column")
+            self._fixed[key], self._listed[key] = name, others
+            for other in others:
+                if self._target.setdefault(alike(other), key) != key:
+                    raise ValueError(f"columns= gives {other!r} to two columns, one of them {name!r}")
+        for name in labels or ():
+            key = self._key(name)
+            self._fixed.setdefault(key, name)
+            self._forced.add(key)
+
+    def extend(self, columns: Mapping[str, Sequence[str]]) -> None:
+        """Takes over the label columns of a corpus that is added to; to be called before ``add``.
+
+        They keep their names, are labels again whatever the studies hold there, and their categories keep
+        their codes: new ones come after them.
+
+        Args:
+          columns: label column -> categories; "dataset" is left aside.
+        """
+        for name, values in columns.items():
+            if name == "dataset":
+                continue
+            key = self._key(name)
+            self._fixed[key] = name
+            self._base[key] = list(values)
+            self._forced.add(key)
+
+    def _key(self, name: str) -> str:
+        return self._target.get(alike(name), alike(name))
 
     def add(self, obs: pd.DataFrame, where: str) -> None:
-        """Notes the columns of one study. ValueError for a name that a store cannot hold."""
+        """Notes the columns of one study.
+
+        Raises:
+          ValueError: a name that a store cannot hold, or two columns that would be one.
+        """
         self._studies += 1
-        for name in obs.columns:
+        for key, name in self._own(obs.columns, where).items():
+            values = obs[name]
+            column = self._columns.setdefault(key, _Column())
+            kind = _kind(values.dtype)
+            column.spellings[name] += 1
+            column.kinds.add(kind)
+            column.studies += 1
+            column.complete &= not values.isna().any()
+            if column.values is not None and (kind in ("text", "bool") or key in self._forced):
+                column.values |= set(categorise(values)[1])
+                if len(column.values) > MAX_CATEGORIES and key not in self._forced:
+                    column.values = None
+
+    def _own(self, names: Iterable[Any], where: str = "obs") -> dict[str, str]:
+        """alike(name) -> the one column of a study that it is."""
+        claims: dict[str, list[str]] = {}
+        for name in names:
             if name in RESERVED:
                 continue
             if not isinstance(name, str) or "/" in name or name.startswith(".") or name in ("", "_index"):
@@ -48,45 +135,68 @@ class ObsSchema:
                     f"{where}: the obs column {name!r} must be renamed: a name is text, without '/', "
                     "does not begin with '.' and is not '_index'"
                 )
-            values = obs[name]
-            column = self._columns.setdefault(name, _Column())
-            kind = _kind(values.dtype)
-            column.kinds.add(kind)
-            column.studies += 1
-            column.complete &= not values.isna().any()
-            if column.values is not None and (kind in ("text", "bool") or name in self._forced):
-                column.values |= set(categorise(values)[1])
-                if len(column.values) > MAX_CATEGORIES and name not in self._forced:
-                    column.values = None
+            claims.setdefault(self._key(name), []).append(name)
+        own = {}
+        for key, found in claims.items():
+            for other in self._listed.get(key, ()):
+                same = [name for name in found if name == other]
+                if not same and alike(other) != key:
+                    same = [name for name in found if alike(name) == alike(other)]
+                if same:
+                    found = same
+                    break
+            if len(found) > 1:
+                kept = self._fixed.get(key) or _best(Counter(found))
+                other = next(name for name in found if name != kept)
+                raise ValueError(
+                    f"{where}: obs columns {' and '.join(map(repr, found))} differ in case and separators "
+                    f"only; say which is meant, as in columns={{{kept!r}: [{other!r}]}} "
+                    f"(--column {kept}={other}), or rename one in the source"
+                )
+            own[key] = found[0]
+        return own
+
+    def find(self, obs: pd.DataFrame, name: str) -> str | None:
+        """What a study calls a column, in its own spelling; None where it has none."""
+        return self._own(obs.columns).get(self._key(name))
+
+    def renamed(self, obs: pd.DataFrame) -> dict[str, str | None]:
+        """Column of a study -> its name in the corpus, where they differ; None where it is left out.
+
+        To be asked after ``finish``; the manifest records it.
+        """
+        own = self._own(obs.columns)
+        names = {name: self._names[key] for key, name in own.items() if self._names[key] != name}
+        left = [name for name in obs.columns if name not in own.values() and name not in RESERVED]
+        return names | dict.fromkeys(left)
 
     def finish(self) -> None:
-        """Fixes kind and categories of every column. KeyError for a label that no study has."""
-        missing = [name for name in self._labels or () if name not in self._columns and name != "dataset"]
+        """Fixes name, kind and categories of every column. KeyError for a label that no study has."""
+        there = {
+            key: self._fixed.get(key) or _best(column.spellings) for key, column in self._columns.items()
+        }
+        missing = [
+            name for name in self._labels or () if self._key(name) not in {"dataset", *there, *self._base}
+        ]
         if missing:
             raise KeyError(
                 f"no obs column {', '.join(map(repr, missing))} in any source; "
-                f"there are: {', '.join(self._columns) or 'none'}"
+                f"there are: {', '.join(there.values()) or 'none'}"
             )
-        alike = collections.defaultdict(set)
-        for name in {*self._columns, "dataset"}:
-            alike[name.casefold()].add(name)
-        for names in alike.values():
-            if len(names) > 1:  # each is a file, and some file systems do not tell them apart
-                raise ValueError(
-                    f"obs columns {' and '.join(map(repr, sorted(names)))} differ in case only; "
-                    "rename them alike in the sources"
-                )
+        self._names = there | {key: self._fixed[key] for key in self._base}
         self.kinds: dict[str, Any] = {}
         self.categories: dict[str, list[str]] = {}
-        for name, column in self._columns.items():
+        for key, name in self._names.items():
+            column = self._columns.get(key, _Column(kinds={"text"}))
             complete = column.complete and column.studies == self._studies
-            text = "text" in column.kinds or name in self._forced
+            text = "text" in column.kinds or key in self._forced
             if text or ("bool" in column.kinds and (not complete or len(column.kinds) > 1)):
                 # A number in one study and text in another is text: its values were not collected.
-                as_category = column.values is not None and (len(column.kinds) == 1 or name in self._forced)
+                as_category = column.values is not None and (len(column.kinds) == 1 or key in self._forced)
                 self.kinds[name] = "category" if as_category else "text"
                 if as_category:
-                    self.categories[name] = sorted(column.values or ())
+                    old = list(self._base.get(key, ()))
+                    self.categories[name] = [*old, *sorted((column.values or set()) - set(old))]
             elif column.kinds == {"bool"}:
                 self.kinds[name] = np.dtype(bool)
             else:
@@ -96,7 +206,10 @@ class ObsSchema:
     @property
     def labels(self) -> dict[str, list[str]]:
         """Label columns and their categories, without the values that stand for "unknown"."""
-        chosen = self._labels if self._labels is not None else self.categories
+        chosen = list(self.categories)
+        if self._labels is not None:
+            keys = dict.fromkeys([*self._base, *map(self._key, self._labels)])
+            chosen = [self._names[key] for key in keys if key != "dataset"]
         return {
             name: [value for value in self.categories[name] if value not in self._unknown]
             for name in chosen
@@ -106,8 +219,10 @@ class ObsSchema:
     def encode(self, obs: pd.DataFrame) -> dict[str, np.ndarray]:
         """The columns of one study: int32 codes, object arrays of str, or numbers."""
         encoded = {}
-        for name, kind in self.kinds.items():
-            values = obs[name] if name in obs else None
+        own = self._own(obs.columns)
+        for key, name in self._names.items():
+            kind = self.kinds[name]
+            values = obs[own[key]] if key in own else None
             if kind == "category":
                 encoded[name] = np.full(len(obs), -1, np.int32)
                 if values is not None:
@@ -131,6 +246,16 @@ class ObsSchema:
     def label_codes(self, name: str, codes: np.ndarray) -> np.ndarray:
         """Codes of an encoded column -> codes into ``labels[name]``, -1 where unknown."""
         return _recode(codes, self.categories[name], self.labels[name])
+
+
+def _best(spellings: Mapping[str, int]) -> str:
+    """The spelling that a column keeps: snake_case, the most frequent, the first in the alphabet."""
+
+    def rank(name: str) -> tuple[bool, int, int, str]:
+        snake = _SNAKE.fullmatch(name) is not None
+        return not snake, -name.count("_") if snake else 0, -spellings[name], name
+
+    return min(spellings, key=rank)
 
 
 def _kind(dtype: Any) -> str:
