@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -68,15 +69,11 @@ def gc_corpus(
         stay, go = _choose(root, head, keep, drop_old)
         gone = [*_drop_manifests(root, go, stay, dry_run)]
         manifests = {name: content if name == head else read_manifest(root, name)[1] for name in stay}
+        gone += _drop_work(root, work, dry_run)
         for name, size in unreferenced(root, manifests):
             gone.append((name, size))
             if not dry_run:
                 (root / name).unlink(missing_ok=True)
-        for file in _walk(work):
-            if file != work / "lock":
-                gone.append((file.relative_to(root).as_posix(), file.lstat().st_size))
-                if not dry_run:
-                    file.unlink()
         if not dry_run:
             _drop_empty_folders(root)
     names = _by_folder([name for name, _ in gone], _referenced(manifests))
@@ -171,6 +168,22 @@ def unreferenced(root: pathlib.Path, manifests: dict[str, dict[str, Any]]) -> It
             yield name, file.lstat().st_size
 
 
+def _drop_work(root: pathlib.Path, work: pathlib.Path, dry_run: bool) -> Iterator[tuple[str, int]]:
+    """Removes what interrupted work left: (name, bytes) of each file.
+
+    A plan's folder loses its name first: half of one would look to the next run like results that are there.
+    """
+    for path in sorted(work.iterdir()) if work.is_dir() else ():
+        if path.name == "lock":
+            continue
+        for file in _walk(path) if path.is_dir() else (path,):
+            yield file.relative_to(root).as_posix(), file.lstat().st_size
+        if not dry_run:
+            gone = work / f"gone-{os.urandom(6).hex()}"
+            os.rename(path, gone)
+            shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+
+
 def _made(file: pathlib.Path) -> list[str]:
     """The parts that a build wrote, as its file under ``sources`` tells."""
     try:
@@ -189,7 +202,7 @@ def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _drop_empty_folders(root: pathlib.Path) -> None:
-    for folder in (*FOLDERS, WORK):
+    for folder in FOLDERS:
         for where, _, _ in os.walk(root / folder, topdown=False):
             if pathlib.Path(where) != root / folder and not os.listdir(where):
                 os.rmdir(where)
