@@ -1,4 +1,4 @@
-"""What every room passes to the next: a batch of cells."""
+"""What every room passes to the next: a batch of cells, padded or as sparse rows."""
 
 from __future__ import annotations
 
@@ -42,6 +42,42 @@ class CellBatch:
 
     def replace(self, **changes: Any) -> CellBatch:
         return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseBatch:
+    """B cells as sparse rows one after the other (CSR), for models that take them as they are.
+
+    Row b owns the elements ``indptr[b]`` to ``indptr[b + 1]`` of ``gene_id`` and ``count``; its genes are in
+    the order in which they are stored. ``scipy.sparse.csr_matrix((batch.count, batch.gene_id, batch.indptr),
+    shape=(B, n_genes))`` is the matrix. The number of elements changes from batch to batch, so this is for
+    the host, or for code that is not compiled for one shape.
+
+    Attributes:
+      indptr: int64 [B + 1], where each row begins; the last is the number of elements.
+      gene_id: int32 [indptr[B]], vocabulary id.
+      count: float32 [indptr[B]], raw counts.
+      depth: float32 [B], total counts of the whole cell before any truncation.
+      n_genes: int32 [B], elements of each row; 0 where the row only fills the batch.
+      row: uint32 [B], global cell number: the key for randomness and for joins.
+      label: name -> int32 [B], categorical codes; -1 where unknown.
+      value: name -> float32 [B, ...], continuous covariates.
+      weight: float32 [B], 1 for a cell, 0 for a row that only fills the batch.
+    """
+
+    indptr: Array
+    gene_id: Array
+    count: Array
+    depth: Array
+    n_genes: Array
+    row: Array
+    label: dict[str, Array]
+    value: dict[str, Array]
+    weight: Array
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.n_genes)
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(CellBatch))

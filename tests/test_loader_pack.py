@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from loading import assert_same, build, take, two_studies
 
 from scjax.loader import Loader
-from scjax.loader.pack import Slabs, pack
+from scjax.loader.pack import Rows, Slabs
 from scjax.types import FIELDS
 
 
@@ -69,15 +69,16 @@ def test_a_subset_is_uniform():
     assert np.abs(pairs[np.triu_indices(n, 1)] - expected).max() < 5 * np.sqrt(expected)
 
 
-def _padded(length, begin, genes, counts, width, row=None, **options):
-    """``pack`` on rows of two arrays."""
+def _padded(length, begin, genes, counts, width, row=None, lut=None, **options):
+    """``Rows.pad`` on rows of two arrays."""
     B = len(length)
     out = np.full((B, width), 7, np.int32), np.full((B, width), 7, np.float32), np.full(B, 7, np.int32)
     row = np.arange(B, dtype=np.uint32) if row is None else row
     at = [
         (np.asarray(begin) * a.itemsize).astype(np.uint64) + np.uint64(a.ctypes.data) for a in (genes, counts)
     ]
-    pack(*at, length, row, (genes.dtype, counts.dtype), *out, **options)
+    luts = None if lut is None else lut[None]
+    Rows(*at, length, row, (genes.dtype, counts.dtype), luts).pad(*out, **options)
     return out
 
 

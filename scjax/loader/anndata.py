@@ -89,7 +89,7 @@ def _batches(
     codes: dict[str, np.ndarray],
     row_offset: int,
 ) -> Iterator[CellBatch]:
-    from scjax.loader.pack import Slabs, pack  # numba takes a while to import
+    from scjax.loader.pack import Rows, Slabs  # numba takes a while to import
 
     slabs = Slabs(limit=3)
     for first, depth, x in _rebatch(source, ids, batch_size):
@@ -116,16 +116,13 @@ def _batches(
         genes, counts = x.indices.astype(_GENE, copy=False), x.data.astype(_COUNT, copy=False)
         at = np.zeros(batch_size, np.uint64)
         at[:n] = x.indptr[:-1]
-        pack(
+        Rows(
             at * np.uint64(_GENE.itemsize) + np.uint64(genes.ctypes.data),
             at * np.uint64(_COUNT.itemsize) + np.uint64(counts.ctypes.data),
             expressed,
             out["row"],
             (_GENE, _COUNT),
-            out["gene_id"],
-            out["count"],
-            out["n_genes"],
-        )
+        ).pad(out["gene_id"], out["count"], out["n_genes"])
         yield CellBatch(**out, label=label, value={})
         del out, label  # or this generator would itself keep the memory from being reused
 

@@ -13,7 +13,7 @@ import grain
 from grain.experimental import ThreadPrefetchDatasetIterator
 
 from scjax.loader.pipeline import Pipeline
-from scjax.types import CellBatch
+from scjax.types import CellBatch, SparseBatch
 
 if TYPE_CHECKING:
     from scjax.loader.loader import Loader
@@ -28,7 +28,7 @@ def _close_all() -> None:
         iterator.close()
 
 
-class BatchIterator(grain.DatasetIterator[CellBatch]):
+class BatchIterator(grain.DatasetIterator[CellBatch | SparseBatch]):
     """One grain element is one batch of this process."""
 
     def __init__(self, loader: Loader):
@@ -37,7 +37,7 @@ class BatchIterator(grain.DatasetIterator[CellBatch]):
         self._epoch = self._step = 0
         self._pipeline: Pipeline | None = None
 
-    def __next__(self) -> CellBatch:
+    def __next__(self) -> CellBatch | SparseBatch:
         self._assert_not_closed()
         loader = self._loader
         if loader.epochs is not None and self._epoch >= loader.epochs:
@@ -72,7 +72,7 @@ class BatchIterator(grain.DatasetIterator[CellBatch]):
         return f"BatchIterator({self._loader.corpus.path}, {self._loader.split})"
 
 
-class PrefetchedBatches(ThreadPrefetchDatasetIterator[CellBatch]):
+class PrefetchedBatches(ThreadPrefetchDatasetIterator[CellBatch | SparseBatch]):
     """grain's prefetch thread. Its state is that of the batch handed out, not of those waiting."""
 
     def close(self) -> None:

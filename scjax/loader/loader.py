@@ -3,50 +3,79 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import pandas as pd
 
 from scjax.corpus.reader import PartReader, ShardCache
 from scjax.loader.buckets import batch_lengths, choose_lengths, round_up
-from scjax.loader.order import Order, default_block, default_lanes
+from scjax.loader.genes import GeneTables
+from scjax.loader.order import Order, default_block, default_lanes, random_bits
+from scjax.loader.weights import Spec, Weights, describe
 
 if TYPE_CHECKING:
     import grain
 
-    from scjax.corpus import Corpus
+    from scjax.corpus import Corpus, Part
+    from scjax.corpus.mixture import Mixture
     from scjax.genes import Vocabulary
 
-STATE_FORMAT = "scjax-loader-1"
-_COUNTED = 2**29  # elements of a corpus that are counted through, seconds of reading
-_AT_ONCE = 8192  # cells
-MIN_MATCHED = 0.5  # share of the wanted genes that the corpus must have
-_SAMPLE = 2**18  # cells whose lengths stand for the corpus when bucket lengths are chosen
+STATE_FORMAT = "scjax-loader-2"
+MAX_OVER_READ = 4.0  # cells read for each one used, beyond which weights are warned about
+_SLICES, _SLICE = 64, 4096  # so many slices of so many cells stand for all when bucket lengths are chosen
+_WINDOWS = 64  # that stand for all when the over-read is found
+
+
+class _Readers(Sequence[PartReader]):
+    """The readers of the parts, opened when they are needed: a corpus has hundreds of parts."""
+
+    def __init__(self, parts: Sequence[Part]):
+        self._parts, self._shards = parts, ShardCache()
+        self._open: dict[int, PartReader] = {}
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    @overload
+    def __getitem__(self, which: int) -> PartReader: ...
+    @overload
+    def __getitem__(self, which: slice) -> Sequence[PartReader]: ...
+    def __getitem__(self, which: int | slice) -> PartReader | Sequence[PartReader]:
+        if isinstance(which, slice):
+            return [self[i] for i in range(*which.indices(len(self)))]
+        if which not in self._open:  # two threads may both open it: one of the two is then kept
+            self._open[which] = PartReader(self._parts[which], self._shards)
+        return self._open[which]
 
 
 class Loader:
     """Batches of a corpus in an order that depends on nothing but the corpus, the seed and the step.
 
     ``iter(loader)`` gives a ``grain.DatasetIterator`` of ``CellBatch`` of numpy arrays: the rows of the
-    global batch that belong to this process. Every cell of the split comes exactly once an epoch; the last
-    batch of an epoch is filled up with rows of weight 0. ``get_state`` of the iterator is a small dict that
+    global batch that belong to this process. Every cell of the split comes exactly once an epoch, unless
+    ``weights`` or ``epoch_cells`` ask for something else; the last batch of an epoch is filled up with rows
+    of weight 0. ``scjax.loader.order`` says what holds. ``get_state`` of the iterator is a small dict that
     JSON can hold, the same on every process, and says where the *next* batch comes from; ``set_state``
     continues there, also on another number of processes, at the cost of one window per lane.
 
     Attributes:
       batch_size: rows of the global batch.
       local_batch_size: rows of this process's share of it.
-      steps_per_epoch: batches that hold every cell once.
+      steps_per_epoch: batches of an epoch: of every cell once, or of ``epoch_cells`` draws.
       bucket_lengths: the values L takes. All processes use the same one at the same step.
       labels: names of the label columns in a batch.
       order: the ``Order`` of the rows.
+      luts, lut_of_part: int32 [k, genes] and int64 [parts], from the genes of a part to those of a batch; see
+        ``GeneTables``.
+      code_maps: label -> for each part, int32 array from its codes to those of ``corpus.columns``, or None
+        where they are the same. The last entry stands for -1, so that ``map[codes]`` is all there is to do.
     """
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Corpus | Mixture,
         batch_size: int,
         *,
         seed: int = 0,
@@ -61,21 +90,27 @@ class Loader:
         shuffle: bool = True,
         epochs: int | None = None,
         vocabulary: Vocabulary | None = None,
+        weights: Spec | None = None,
+        weight_level: str = "auto",
+        epoch_cells: int | None = None,
         process_index: int = 0,
         process_count: int = 1,
         prefetch: int = 2,
+        sparse: bool = False,
     ):
         """Args:
-        corpus: where the cells are.
+        corpus: where the cells are; a ``Mixture`` of several as well. The shares of a mixture are weights of
+          its column "corpus" in the training split.
         batch_size: rows of a global batch, over all processes.
         seed: decides the order, and which genes ``max_genes`` keeps.
         split: "train" or "validation".
         lanes: number of virtual lanes, a multiple of ``process_count`` and a divisor of ``batch_size``. By
-          default the largest power of two, at most 256, that divides ``batch_size``. More lanes mix cells
-          better and need more memory.
+          default the largest power of two, at most 64, that divides ``batch_size``, whatever the number of
+          processes. More lanes mix cells better and need more memory.
         window: rows of each lane that are held and shuffled in memory. Memory is about lanes x window x
-          genes per cell x 4 bytes over all processes.
-        block: neighbouring rows that are read together; by default 1024, less for small corpora.
+          genes per cell x 4 bytes over all processes: half a gigabyte for 64 lanes and 1,842 genes.
+        block: neighbouring rows that are read together; by default 1024, less for small corpora, and 64
+          where the corpus was built without shuffling its cells.
         group_lengths: put cells with about as many expressed genes into the same batch, which saves
           padding. Which lengths come when is random.
         max_genes: cells with more expressed genes keep a uniform random subset of this many, another one
@@ -86,17 +121,30 @@ class Loader:
         epochs: stop after this many; None goes on for ever.
         vocabulary: give genes the ids of this vocabulary rather than those of the corpus; genes that it
           does not have are dropped, and still count in ``depth``.
+        weights: column -> how often its categories come. A number alpha from 0 to 1 is a temperature: a
+          category of n cells gets n**alpha of the draws, relative to the others (1 as they come, 0 all alike;
+          cells without a value count as one category more). A mapping gives shares of categories, relative
+          to each other; those it does not name are not drawn. Weights of several columns are multiplied.
+        weight_level: "row", "block" (whole blocks, some of them in some epochs only), or "auto": by block
+          where blocks are of one kind and less is read that way. See ``scjax.loader.weights``.
+        epoch_cells: draws of an epoch; by default as many as the split has cells.
         process_index, process_count: which share of each batch is wanted.
         prefetch: batches to prepare in the background; 0 prepares each when asked.
+        sparse: give ``SparseBatch`` of sparse rows in place of padded ones, in the same order and from the
+          same cursor.
 
         Raises:
-          ValueError: sizes that do not divide each other, a split without cells; names the numbers.
-          KeyError: a label column that the corpus does not have; lists those it has.
+          ValueError: sizes that do not divide each other, a split without cells, weights that cannot be;
+            names the numbers.
+          KeyError: a label column or category that the corpus does not have; lists those it has.
+
+        Copies of a cell in one epoch keep the same genes under ``max_genes``; in the next epoch others.
         """
         self.corpus, self.batch_size, self.seed, self.split = corpus, int(batch_size), int(seed), split
         self.max_genes, self.epochs, self.prefetch = max_genes, epochs, prefetch
-        self.process_index, self.process_count = process_index, process_count
-        for name, value in (("batch_size", batch_size), ("max_genes", max_genes), ("epochs", epochs)):
+        self.process_index, self.process_count, self.sparse = process_index, process_count, bool(sparse)
+        counts = {"batch_size": batch_size, "max_genes": max_genes, "epochs": epochs}
+        for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         self.parts = tuple(part for part in corpus.split(split) if part.n_cells)
@@ -110,26 +158,52 @@ class Loader:
             raise ValueError(f"{corpus.path}: has more cells than row numbers of 32 bits can tell apart")
 
         n_rows, nnz = sum(part.n_cells for part in self.parts), sum(part.nnz for part in self.parts)
-        chunk_rows = max(part.inner for part in self.parts) * n_rows / max(nnz, 1)
+        self._chunk_rows = max(part.inner for part in self.parts) * n_rows / max(nnz, 1)
         in_source_order = not corpus.manifest.get("shuffled", True)
         lanes = default_lanes(self.batch_size) if lanes is None else int(lanes)
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
         if lanes % process_count:
+            fits = [n for n in range(process_count, self.batch_size + 1, process_count)]
+            fits = [n for n in fits if self.batch_size % n == 0]
             raise ValueError(
                 f"process_count={process_count} does not divide lanes={lanes} "
-                f"(batch_size={batch_size}): every process must own as many lanes"
+                f"(batch_size={batch_size}): every process must own as many lanes; "
+                + (
+                    f"pass lanes={min(fits, key=lambda n: abs(n - lanes))}"
+                    if fits
+                    else f"a batch_size that {process_count} divides could have them"
+                )
+            )
+        if block is None:
+            block = default_block(n_rows, lanes, self._chunk_rows, in_source_order)
+        self.readers = _Readers(self.parts)
+        salt, spans = f"{corpus.manifest_id}/{split}", tuple((p.first_row, p.n_cells) for p in self.parts)
+        self._weights, drawn = self._spec(weights), None
+        if self._weights or epoch_cells is not None:
+            drawn = Weights(
+                spans,
+                int(block),
+                self._weights or {},
+                corpus.columns,
+                self._codes,
+                draws=epoch_cells,
+                level=weight_level,
+                start=int(random_bits("draws", salt, self.seed, n=1)[0]),
+                where=f"the split {split!r} of {corpus.path}",
             )
         self.order = Order(
-            parts=tuple((part.first_row, part.n_cells) for part in self.parts),
+            parts=spans,
             batch_size=self.batch_size,
             lanes=lanes,
             window=int(window),
-            block=default_block(n_rows, lanes, chunk_rows, in_source_order) if block is None else int(block),
+            block=int(block),
             seed=self.seed,
-            salt=f"{corpus.manifest_id}/{split}",
+            salt=salt,
             shuffle=bool(shuffle),
             group_lengths=bool(group_lengths),
+            weights=drawn,
+            skip=max(1, round(self._chunk_rows)),
         )
         each = lanes // process_count
         self.lanes_here = slice(process_index * each, (process_index + 1) * each)
@@ -142,95 +216,100 @@ class Loader:
             if name not in known:
                 raise KeyError(f"the corpus {corpus.path} has no label column {name!r}; it has {known}")
 
-        self.lut, self._vocabulary_hash = None, corpus.vocabulary.short_hash
-        if vocabulary is not None and vocabulary.hash != corpus.vocabulary.hash:
-            self.lut = self._look_up(corpus.vocabulary, vocabulary)
-            self._vocabulary_hash = vocabulary.short_hash
+        self.code_maps = {name: [_code_map(part, name) for part in self.parts] for name in self.labels}
 
-        # The seam of mixtures: one row of genes per vocabulary, and which of them a part's genes go through;
-        # label codes of a part as stored -> those of ``corpus.columns``, None where they are the same. The
-        # last entry of a map stands for -1, so that ``map[codes]`` is all there is to do.
-        self.luts: np.ndarray | None = None if self.lut is None else self.lut[None, :]
-        self.lut_of_part = np.zeros(len(self.parts), np.int64)
-        self.code_maps: dict[str, list[np.ndarray | None]] = {
-            n: [None] * len(self.parts) for n in self.labels
-        }
-
-        shards = ShardCache()
-        self.readers = [PartReader(part, shards) for part in self.parts]
-        self.genes_per_cell = self._genes_per_cell()
-        top = max(int(genes.max()) for genes in self.genes_per_cell) if self.genes_per_cell else 0
-        top = top or max(part.max_nnz for part in self.parts)
-        sample = self._sample_lengths()
+        wanted = corpus.vocabulary if vocabulary is None else vocabulary
+        self._genes, self._vocabulary_hash = (
+            GeneTables(corpus, self.parts, self.readers, wanted),
+            wanted.short_hash,
+        )
+        self.luts, self.lut_of_part, self.genes_of = self._genes.luts, self._genes.of_part, self._genes.slots
+        top, sample = self._genes.longest, self._sample_lengths()
         if max_genes is not None and max_genes < top:
             top, sample = max_genes, np.minimum(sample, max_genes)
         else:
             top = round_up(top)
         self.bucket_lengths = choose_lengths(batch_lengths(sample, self.order), top, n_buckets)
+        if drawn is not None:
+            self._warn_of_over_read()
 
         indices = np.result_type(*(part.index_dtype for part in self.parts))
         counts = {np.dtype(part.x_dtype) for part in self.parts}
         floats = any(dtype.kind == "f" for dtype in counts)
         self.count_dtypes = (indices, np.dtype(np.float32) if floats else np.result_type(*counts))
 
-    def _look_up(self, there: Vocabulary, wanted: Vocabulary) -> np.ndarray:
-        """int32 [genes of the corpus]: the id of each gene in the vocabulary that is wanted, or -1."""
-        match = wanted.match(pd.DataFrame({"gene_symbol": there.symbols}, index=there.ids))
-        if match.n_matched < MIN_MATCHED * min(len(wanted), len(there)):
+    def _spec(self, weights: Spec | None) -> Spec | None:
+        """The weights that are asked for, and those that a mixture brings along."""
+        shares = getattr(self.corpus, "shares", None) if self.split == "train" else None
+        if shares is None:
+            return weights or None
+        if weights and "corpus" in weights:
             raise ValueError(
-                f"{match.n_matched:,} of the {len(wanted):,} genes asked for are among the {len(there):,} of "
-                f"{self.corpus.path}. Asked for: {wanted.ids[:3]}; "
-                f"there: {there.ids[:3]}, {there.symbols[:3]}"
+                f"weights of the column 'corpus' are given twice: as {weights['corpus']!r}, and as shares of "
+                f"the mixture {self.corpus.path}"
             )
-        if match.duplicates:
-            gene, names = next(iter(match.duplicates.items()))
-            raise ValueError(
-                f"{len(match.duplicates)} genes asked for are several in the corpus: {gene} is {names}"
-            )
-        return np.ascontiguousarray(match.ids, np.int32)
+        return {"corpus": shares, **(weights or {})}
+
+    def _codes(self, name: str, which: int, first: int, last: int) -> np.ndarray:
+        """int32 [last - first]: codes of some rows of a part, by ``corpus.columns``."""
+        codes, to = (
+            self.readers[which].column(f"codes/{name}", first, last),
+            _code_map(self.parts[which], name),
+        )
+        return codes if to is None else to[codes]
 
     def _sample_lengths(self) -> np.ndarray:
-        """Expressed genes of some cells of every part. Cells are shuffled on disk: any are as good."""
-        share = -(-_SAMPLE // len(self.parts))
-        lengths = self.genes_per_cell or [
-            reader.column("nnz", 0, min(share, reader.part.n_cells)) for reader in self.readers
-        ]
-        return np.concatenate([genes[:share] for genes in lengths]).astype(np.int64)
+        """Slots that some cells need, from all over the split: int64 [n]."""
+        ends = np.cumsum([part.n_cells for part in self.parts])
+        lengths = []
+        for at in np.unique(np.linspace(0, ends[-1], _SLICES, endpoint=False).astype(np.int64)):
+            which = int(np.searchsorted(ends, at, side="right"))
+            first = int(at - ends[which]) + self.parts[which].n_cells
+            last = min(first + max(1, min(_SLICE, int(ends[-1]) // _SLICES)), self.parts[which].n_cells)
+            nnz = self.readers[which].column("nnz", first, last)
+            lengths.append(self._genes.slots(which, first, last, nnz))
+        return np.concatenate(lengths).astype(np.int64)
 
-    def _genes_per_cell(self) -> list[np.ndarray] | None:
-        """Per part and cell, how many genes it brings into a batch (int [n_cells]), or a bound on it.
+    # ---- what is read
 
-        Every process needs this of every cell to agree on the width of a batch. Without a vocabulary of the
-        loader's own it is what the index says: None. With one it is counted by reading the genes once, which
-        is seconds; for corpora that are too large for that, no more than the vocabulary holds.
+    @functools.cached_property
+    def _reads(self) -> tuple[int, int, int]:
+        """(rows read, runs of rows, rows handed out) of some windows from all over the first epoch."""
+        order, rows, runs, used = self.order, 0, 0, 0
+        lanes = np.unique(np.linspace(0, order.lanes - 1, min(order.lanes, _WINDOWS)).astype(int))
+        for i, lane in enumerate(lanes.tolist()):
+            window = int(order.windows_at(order.steps_per_epoch * i // len(lanes))[lane])
+            read, picks = order.runs(0, lane, window), order.picks(0, lane, window)
+            rows, runs = rows + sum(n for _, n in read), runs + len(read)
+            used += sum(n for _, n in read) if picks is None else len(picks)
+        return rows, runs, used
+
+    @functools.cached_property
+    def over_read(self) -> float:
+        """Cells decoded for each one that is handed out, found from some windows of the first epoch.
+
+        1 is the least where every cell comes once; draws of the same cell share one. Chunks are decoded as a
+        whole, so that a run of neighbouring cells costs about a chunk more than it holds.
         """
-        if self.lut is None:
-            return None
-        kept = self.lut >= 0
-        if sum(part.nnz for part in self.parts) > _COUNTED:
-            return [np.minimum(part.nnz_per_cell, np.uint32(kept.sum())) for part in self.parts]
-        counted = []
-        for part, reader in zip(self.parts, self.readers, strict=True):
-            genes, nnz = np.empty(part.n_cells, np.uint32), part.nnz_per_cell
-            for first in range(0, part.n_cells, _AT_ONCE):
-                last = min(first + _AT_ONCE, part.n_cells)
-                low, high = reader.row_span(first, last)
-                indices = np.empty(high - low, part.index_dtype)
-                reader.indices.read(low, high, indices)
-                ends = np.concatenate([[0], np.cumsum(nnz[first:last], dtype=np.int64)])
-                upto = np.concatenate([[0], np.cumsum(kept[indices], dtype=np.int64)])
-                genes[first:last] = np.diff(upto[ends])
-            counted.append(genes)
-        return counted
+        rows, runs, used = self._reads
+        return min(rows + runs * self._chunk_rows, max(rows, runs * self.order.n_rows)) / max(used, 1)
 
-    def genes_of(self, which: int, first: int, last: int, nnz: np.ndarray) -> np.ndarray:
-        """Slots that rows [first, last) of a part need in a batch: int[last - first].
-
-        Args:
-          which: number of the part in ``parts``.
-          nnz: expressed genes of these rows as stored.
-        """
-        return nnz if self.lut is None else self.genes_per_cell[which][first:last]
+    def _warn_of_over_read(self) -> None:
+        rows, _, used = self._reads
+        if rows <= MAX_OVER_READ * used:
+            return
+        by_block = self.order.weights is not None and self.order.weights.level == "block"
+        warnings.warn(
+            f"{self.corpus.path}: {rows / max(used, 1):.1f} cells are read for each one that these weights "
+            "draw; "
+            + (
+                ""
+                if by_block
+                else 'weight_level="block" draws whole blocks, a larger epoch_cells more of each; '
+            )
+            + "a corpus built with shuffle=False, or of the wanted cells alone, has them side by side",
+            stacklevel=3,
+        )
 
     def __iter__(self) -> grain.DatasetIterator:
         from scjax.loader.iterator import iterate  # grain imports JAX
@@ -257,6 +336,9 @@ class Loader:
             "max_genes": self.max_genes,
             "bucket_lengths": list(self.bucket_lengths),
             "vocabulary": self._vocabulary_hash,
+            "weights": describe(self._weights),
+            "weight_level": order.weights and order.weights.level,
+            "epoch_cells": order.weights and order.weights.draws,
         }
 
     def state(self, epoch: int, step: int) -> dict[str, Any]:
@@ -291,3 +373,8 @@ class Loader:
                 f"the data cursor stands at step {step} of an epoch of {self.steps_per_epoch} steps"
             )
         return epoch, step
+
+
+def _code_map(part: Part, name: str) -> np.ndarray | None:
+    maps = getattr(part, "code_maps", None)  # of a mixture's part
+    return maps.get(name) if maps else None

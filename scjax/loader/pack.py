@@ -1,7 +1,8 @@
-"""The one pass of host work over the counts: gather, look up, pad; and the memory that it fills."""
+"""The one pass of host work over the counts: gather, look up, choose, pad; and the memory that it fills."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 _ALIGN = 64  # JAX takes numpy memory as it is on the CPU where it begins at such an address
-_NO_LUT = np.empty(0, np.int32)
+_NO_LUT = np.empty((1, 0), np.int32)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,89 +40,197 @@ def _mix(z: np.uint64) -> np.uint64:
 
 
 @_compiled
-def _pack(indices_at, data_at, length, row, indices_like, data_like, lut, keep, key, gene_id, count, n_genes):
+def _choose(known, keep, state, marks):
+    """A uniform random subset of ``keep`` of ``known`` things, as bits of ``marks`` (uint64[known / 64]).
+
+    By Floyd's method, on the side that is smaller: it draws as many numbers as there are to choose.
+    """
     golden = np.uint64(0x9E3779B97F4A7C15)
+    low = np.uint64(63)
+    few = min(keep, known - keep)
+    words = (known + 63) >> 6
+    for w in range(words):
+        marks[w] = 0
+    for j in range(known - few, known):
+        state += golden
+        t = np.int64((_mix(state) >> np.uint64(32)) * np.uint64(j + 1) >> np.uint64(32))
+        taken = marks[t >> 6] >> (np.uint64(t) & low) & np.uint64(1)
+        new = j if taken else t
+        marks[new >> 6] |= np.uint64(1) << (np.uint64(new) & low)
+    if few < keep:  # those chosen are the ones to leave out
+        for w in range(words):
+            marks[w] = ~marks[w]
+
+
+@_compiled
+def _known(indices, lut):
+    known = 0
+    for k in range(indices.size):
+        known += lut[indices[k]] >= 0
+    return known
+
+
+@_compiled
+def _row(indices, data, lut, keep, state, marks, gene, count):
+    """One row into the front of ``gene`` and ``count``; returns how many of its genes were written."""
+    n = indices.size
+    known = _known(indices, lut) if lut.size > 0 else n
+    if known <= keep and lut.size == 0:
+        for k in range(n):
+            gene[k] = indices[k]
+        for k in range(n):
+            count[k] = data[k]
+        return n
+    # a slot is written whether or not its gene is wanted, and kept if so: no branch to mispredict
+    filled = 0
+    if known <= keep:
+        for k in range(n):
+            if filled == known:
+                break
+            gene[filled] = lut[indices[k]]
+            count[filled] = data[k]
+            filled += lut[indices[k]] >= 0
+        return filled
+    _choose(known, keep, state, marks)
+    one = np.uint64(1)
+    if lut.size == 0:
+        for k in range(n):
+            if filled == keep:
+                break
+            gene[filled] = indices[k]
+            count[filled] = data[k]
+            filled += int(marks[k >> 6] >> np.uint64(k & 63) & one)
+        return filled
+    m = 0
+    for k in range(n):
+        if filled == keep:
+            break
+        wanted = lut[indices[k]] >= 0
+        gene[filled] = lut[indices[k]]
+        count[filled] = data[k]
+        filled += wanted & int(marks[m >> 6] >> np.uint64(m & 63) & one)
+        m += wanted
+    return filled
+
+
+@_compiled
+def _state(key, row):
+    return _mix(key ^ _mix(np.uint64(row) + np.uint64(0x9E3779B97F4A7C15)))
+
+
+@_compiled
+def _pack(at, length, row, like, luts, which, keep, key, gene_id, count, n_genes):
+    marks = np.empty((max(length.max(), 1) + 63) >> 6, np.uint64) if length.size else np.empty(1, np.uint64)
     for b in range(length.size):
-        n = length[b]
-        filled = 0
+        n, filled = length[b], 0
         if n > 0:
-            indices = numba.carray(_pointer(indices_at[b]), n, indices_like.dtype)  # type: ignore[call-arg]
-            data = numba.carray(_pointer(data_at[b]), n, data_like.dtype)
-            known = n
-            if lut.size > 0:
-                known = 0
-                for k in range(n):
-                    if lut[indices[k]] >= 0:
-                        known += 1
-            # a slot is written whether or not its gene is wanted, and kept if so: no branch to mispredict
-            if known <= keep and lut.size == 0:
-                for k in range(n):
-                    gene_id[b, k] = indices[k]
-                for k in range(n):
-                    count[b, k] = data[k]
-                filled = n
-            elif known <= keep:
-                for k in range(n):
-                    if filled == known:
-                        break
-                    gene_id[b, filled] = lut[indices[k]]
-                    count[b, filled] = data[k]
-                    filled += lut[indices[k]] >= 0
-            else:
-                # selection sampling: of the genes still to come, each wanted one is taken with equal odds
-                state = _mix(key ^ _mix(np.uint64(row[b]) + golden))
-                to_come = np.uint64(known)
-                for k in range(n):
-                    if filled == keep:
-                        break
-                    gene = np.int32(indices[k])
-                    if lut.size > 0:
-                        gene = lut[indices[k]]
-                        if gene < 0:
-                            continue
-                    state += golden
-                    draw = _mix(state) >> np.uint64(32)
-                    gene_id[b, filled] = gene
-                    count[b, filled] = data[k]
-                    filled += (draw * to_come) >> np.uint64(32) < np.uint64(keep - filled)
-                    to_come -= np.uint64(1)
+            indices = numba.carray(_pointer(at[0][b]), n, like[0].dtype)  # type: ignore[call-arg]
+            data = numba.carray(_pointer(at[1][b]), n, like[1].dtype)
+            state = _state(key, row[b])
+            filled = _row(indices, data, luts[which[b]], keep, state, marks, gene_id[b], count[b])
         n_genes[b] = filled
         gene_id[b, filled:] = -1
         count[b, filled:] = 0
 
 
-def pack(
-    indices_at: np.ndarray,
-    data_at: np.ndarray,
-    length: np.ndarray,
-    row: np.ndarray,
-    dtypes: tuple[np.dtype, np.dtype],
-    gene_id: np.ndarray,
-    count: np.ndarray,
-    n_genes: np.ndarray,
-    *,
-    lut: np.ndarray | None = None,
-    max_genes: int | None = None,
-    key: int | np.integer = 0,
-) -> None:
-    """Copies B sparse rows into padded arrays. Releases the GIL.
+@_compiled
+def _pack_rows(at, length, row, like, luts, which, keep, key, indptr, gene_id, count):
+    marks = np.empty((max(length.max(), 1) + 63) >> 6, np.uint64) if length.size else np.empty(1, np.uint64)
+    for b in range(length.size):
+        n, low, high = length[b], indptr[b], indptr[b + 1]
+        if n > 0 and high > low:
+            indices = numba.carray(_pointer(at[0][b]), n, like[0].dtype)  # type: ignore[call-arg]
+            data = numba.carray(_pointer(at[1][b]), n, like[1].dtype)
+            state = _state(key, row[b])
+            _row(indices, data, luts[which[b]], keep, state, marks, gene_id[low:high], count[low:high])
 
-    Args:
-      indices_at, data_at: uint64[B], memory addresses of the genes and the counts of each row. The caller
-        keeps that memory alive.
-      length: int32[B], elements of each row; 0 leaves the row empty.
+
+@_compiled
+def _count(indices_at, length, like, luts, which, n_genes):
+    for b in range(length.size):
+        n_genes[b] = 0
+        if length[b] > 0:
+            indices = numba.carray(_pointer(indices_at[b]), length[b], like.dtype)  # type: ignore[call-arg]
+            n_genes[b] = _known(indices, luts[which[b]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Sparse rows in memory that the caller keeps alive.
+
+    Attributes:
+      indices_at, data_at: uint64[B], addresses of the genes and of the counts of each row.
+      length: int32[B], elements of each row; 0 for a row that is empty.
       row: uint32[B], global row numbers, the key of the random choice.
       dtypes: of the genes and of the counts at these addresses.
-      gene_id, count, n_genes: int32[B, L], float32[B, L] and int32[B], filled here.
-      lut: int32, what to write for each gene; genes with -1 are dropped.
-      max_genes: rows with more keep a uniform random subset of this many, which depends on ``key`` and the
-        row number only.
+      luts: int32[k, n_genes], what to write for each gene, genes with -1 are dropped; None leaves all as
+        they are.
+      lut: int[B], which of the k goes for each row; None stands for 0.
     """
-    width = gene_id.shape[1]
-    keep = width if max_genes is None else min(max_genes, width)
-    like = [np.empty(0, dtype) for dtype in dtypes]
-    lut = _NO_LUT if lut is None else lut
-    _pack(indices_at, data_at, length, row, *like, lut, keep, np.uint64(key), gene_id, count, n_genes)
+
+    indices_at: np.ndarray
+    data_at: np.ndarray
+    length: np.ndarray
+    row: np.ndarray
+    dtypes: tuple[np.dtype, np.dtype]
+    luts: np.ndarray | None = None
+    lut: np.ndarray | None = None
+
+    def _arguments(self) -> tuple[Any, ...]:
+        like = (np.empty(0, self.dtypes[0]), np.empty(0, self.dtypes[1]))
+        return (self.indices_at, self.data_at), self.length, self.row, like, *self._tables()
+
+    def _tables(self) -> tuple[np.ndarray, np.ndarray]:
+        which = np.zeros(len(self.length), np.int64) if self.lut is None or self.luts is None else self.lut
+        return _NO_LUT if self.luts is None else self.luts, which
+
+    def count(self) -> np.ndarray:
+        """int32[B], genes of each row that the tables know."""
+        n_genes = np.empty(len(self.length), np.int32)
+        if self.luts is None:
+            n_genes[:] = self.length
+        else:
+            like = np.empty(0, self.dtypes[0])
+            _count(self.indices_at, self.length, like, *self._tables(), n_genes)
+        return n_genes
+
+    def pad(
+        self,
+        gene_id: np.ndarray,
+        count: np.ndarray,
+        n_genes: np.ndarray,
+        max_genes: int | None = None,
+        key: int | np.integer = 0,
+    ) -> None:
+        """Copies the rows into padded arrays. Releases the GIL.
+
+        Args:
+          gene_id, count, n_genes: int32[B, L], float32[B, L] and int32[B], filled here. No row may need more
+            than L slots after ``max_genes``.
+          max_genes: rows with more keep a uniform random subset of this many, which depends on ``key`` and
+            the row number only. The genes stay in their order.
+        """
+        width = gene_id.shape[1]
+        keep = width if max_genes is None else min(max_genes, width)
+        _pack(*self._arguments(), keep, np.uint64(key), gene_id, count, n_genes)
+
+    def join(
+        self,
+        indptr: np.ndarray,
+        gene_id: np.ndarray,
+        count: np.ndarray,
+        max_genes: int | None = None,
+        key: int | np.integer = 0,
+    ) -> None:
+        """Copies the rows one after the other, as ``pad`` would but without padding. Releases the GIL.
+
+        Args:
+          indptr: int64[B + 1], where each row goes: ``count()`` elements, at most ``max_genes``.
+          gene_id, count: int32 and float32, [indptr[B]], filled here.
+          max_genes, key: as in ``pad``.
+        """
+        keep = np.iinfo(np.int64).max if max_genes is None else max_genes
+        _pack_rows(*self._arguments(), keep, np.uint64(key), indptr, gene_id, count)
 
 
 class Slabs:

@@ -1,4 +1,4 @@
-"""From parts on disk to padded batches, forward from one position.
+"""From parts on disk to batches, forward from one position.
 
 Every lane holds one window of rows, decompressed, in a reused buffer. A few windows are read ahead by a small
 pool of threads, in the order in which they will be needed; where the window of each lane begins is staggered
@@ -18,8 +18,8 @@ import numpy as np
 
 from scjax.loader.buckets import bucket_of
 from scjax.loader.order import random_bits, run_rows
-from scjax.loader.pack import Slabs, pack
-from scjax.types import CellBatch
+from scjax.loader.pack import Rows, Slabs
+from scjax.types import CellBatch, SparseBatch
 
 if TYPE_CHECKING:
     from scjax.loader.loader import Loader
@@ -43,6 +43,7 @@ class Content:
     counts: Counts
     begins: np.ndarray  # int64, first element of the row in ``counts``
     depth: np.ndarray  # float32
+    lut: np.ndarray  # int32, which table of genes is for the row
     labels: np.ndarray  # int32[labels, rows]
 
 
@@ -83,6 +84,7 @@ class Pipeline:
         self._indices_at = np.empty((here, width), np.uint64)
         self._data_at = np.empty((here, width), np.uint64)
         self._depth = np.empty((here, width), np.float32)
+        self._lut = np.zeros((here, width), np.int32)
         self._labels = np.empty((len(loader.labels), here, width), np.int32)
 
         self._held: dict[int, Counts] = {}  # lane -> the buffer its current window is in
@@ -106,20 +108,24 @@ class Pipeline:
     def _load(self, lane: int, epoch: int, number: int) -> Window:
         """Reads one window. Runs in the pool."""
         order, loader = self._order, self._loader
-        runs = order.runs(epoch, lane, number)
-        pieces = []  # (part, first, last) within the part; a run never spans two
-        for first, n in runs:
-            which = int(np.searchsorted(self._first_rows, first, side="right")) - 1
-            first -= int(self._first_rows[which])
-            pieces.append((which, first, first + n))
+        runs, picks = order.runs(epoch, lane, number), order.picks(epoch, lane, number)
+        pieces = self._pieces(runs)
         readers = loader.readers
-        lengths = _join([readers[p].column("nnz", a, b) for p, a, b in pieces], np.int32)
-        counted = loader.genes_per_cell
-        genes = lengths if counted is None else _join([counted[p][a:b] for p, a, b in pieces], np.int32)
-        slots = order.visits(epoch, lane, number, genes)
+        nnz = [readers[p].column("nnz", a, b) for p, a, b in pieces]
+        lengths = _join(nnz, np.int32)
+        genes = _join(
+            [loader.genes_of(p, a, b, n) for (p, a, b), n in zip(pieces, nnz, strict=True)], np.int32
+        )
+        slots = order.visits(epoch, lane, number, genes if picks is None else genes[picks])
+        # for each slot, which of the rows that are read goes there: one more than there are for filler
+        from_row = slots if picks is None else np.append(picks, -1)[slots]
         start, stop = (epoch * order.steps_per_epoch + step for step in order.window_steps(lane, number))
-        rows = _hand_out(run_rows(runs), slots, -1)
-        handed = _hand_out(lengths, slots, 0), _hand_out(genes, slots, 0)
+
+        def hand_out(column: np.ndarray, filler: int) -> np.ndarray:
+            return np.append(column, np.array(filler, column.dtype))[from_row]
+
+        rows = hand_out(run_rows(runs), -1)
+        handed = hand_out(lengths, 0), hand_out(genes, 0)
         if lane not in self._lanes:
             return Window(lane, start, stop, rows, *handed, None)
 
@@ -130,20 +136,50 @@ class Pipeline:
             upto = at + high - low
             readers[which].read_spans([(low, high)], counts.indices[at:upto], counts.data[at:upto])
             at = upto
+        if at != (ends[-1] if len(ends) else 0):
+            raise RuntimeError(
+                f"{at} elements were read for a window of {ends[-1]}"
+            )  # never, or all is shifted
 
         def column(name: str, dtype: type, filler: int) -> np.ndarray:
-            return _hand_out(
-                _join([readers[p].column(name, a, b) for p, a, b in pieces], dtype), slots, filler
-            )
+            return hand_out(_join([readers[p].column(name, a, b) for p, a, b in pieces], dtype), filler)
 
-        labels = [column(f"codes/{name}", np.int32, -1) for name in loader.labels]
+        lut = np.zeros(len(from_row), np.int32)
+        if len(loader.lut_of_part) and loader.luts is not None and len(loader.luts) > 1:
+            lut = hand_out(
+                np.repeat(loader.lut_of_part[[p for p, _, _ in pieces]], [b - a for _, a, b in pieces]), 0
+            )
         content = Content(
             counts,
-            begins=_hand_out(ends - lengths, slots, 0),
+            begins=hand_out(ends - lengths, 0),
             depth=column("total", np.float32, 0),
-            labels=np.stack(labels) if labels else np.empty((0, len(slots)), np.int32),
+            lut=lut,
+            labels=np.empty((len(loader.labels), len(from_row)), np.int32),
         )
+        for codes, name in zip(content.labels, loader.labels, strict=True):
+            codes[:] = hand_out(self._codes(name, pieces), -1)
         return Window(lane, start, stop, rows, *handed, content)
+
+    def _pieces(self, runs: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+        """Runs as (part, first, last) within the part; neighbours that follow one another are joined."""
+        pieces: list[tuple[int, int, int]] = []
+        for first, n in runs:  # a run never spans two parts
+            which = int(np.searchsorted(self._first_rows, first, side="right")) - 1
+            first -= int(self._first_rows[which])
+            if pieces and pieces[-1][0] == which and pieces[-1][2] == first:
+                pieces[-1] = which, pieces[-1][1], first + n
+            else:
+                pieces.append((which, first, first + n))
+        return pieces
+
+    def _codes(self, name: str, pieces: list[tuple[int, int, int]]) -> np.ndarray:
+        """A label of the rows that are read, in the numbers of the loader's categories."""
+        out = []
+        for which, first, last in pieces:
+            codes, to = self._loader.readers[which].column(f"codes/{name}", first, last), None
+            to = self._loader.code_maps[name][which]
+            out.append(codes if to is None else to[codes])  # the last entry of a map is that of -1
+        return _join(out, np.int32)
 
     def _buffer(self, size: int) -> Counts:
         """A spare buffer, grown if it is too small."""
@@ -181,11 +217,12 @@ class Pipeline:
             for table, array in ((self._indices_at, counts.indices), (self._data_at, counts.data)):
                 table[here, :n] = begins * np.uint64(array.itemsize) + np.uint64(array.ctypes.data)
             self._depth[here, :n] = content.depth
+            self._lut[here, :n] = content.lut
             self._labels[:, here, :n] = content.labels
 
     # ---- batches
 
-    def next(self) -> CellBatch:
+    def next(self) -> CellBatch | SparseBatch:
         """The batch of the next step; raises what went wrong in reading it, again if asked again."""
         for lane in np.flatnonzero(self._stop <= self._now).tolist():
             if lane in self._held:  # before any read, which may then use the memory
@@ -199,56 +236,65 @@ class Pipeline:
         self._now += 1
         return batch
 
-    def _fill(self) -> CellBatch:
+    def _fill(self) -> CellBatch | SparseBatch:
         order, loader = self._order, self._loader
-        width, r = self._rows.shape[1], order.rows_per_lane
+        width, r, B = self._rows.shape[1], order.rows_per_lane, loader.local_batch_size
         begins = np.arange(order.lanes) * width + (self._now - self._start) * r
         slots = begins[:, None] + np.arange(r)
-        longest = int(self._genes.ravel()[slots].max())
-        if loader.max_genes is not None:
-            longest = min(longest, loader.max_genes)
-        L, B = bucket_of(longest, loader.bucket_lengths), loader.local_batch_size
-
         mine = slots[self._lanes.start : self._lanes.stop].ravel()
-        rows, lengths = self._rows.ravel()[mine], self._lengths.ravel()[mine]
-        mine -= self._lanes.start * width
-        out = self._slabs.take(
-            {
-                "gene_id": ((B, L), np.int32),
-                "count": ((B, L), np.float32),
-                "depth": ((B,), np.float32),
-                "n_genes": ((B,), np.int32),
-                "row": ((B,), np.uint32),
-                "weight": ((B,), np.float32),
-                "labels": ((len(loader.labels), B), np.int32),
-            }
+        row, lengths = self._rows.ravel()[mine], self._lengths.ravel()[mine]
+        mine = mine - self._lanes.start * width
+
+        rows = Rows(
+            self._indices_at.ravel()[mine],
+            self._data_at.ravel()[mine],
+            lengths,
+            np.maximum(row, 0).astype(np.uint32),
+            self._dtypes,
+            loader.luts,
+            self._lut.ravel()[mine],
         )
-        out["row"][:] = np.maximum(rows, 0)
-        out["weight"][:] = rows >= 0
+        fields: dict[str, tuple[tuple[int, ...], type]] = {
+            "depth": ((B,), np.float32),
+            "n_genes": ((B,), np.int32),
+            "row": ((B,), np.uint32),
+            "weight": ((B,), np.float32),
+            "labels": ((len(loader.labels), B), np.int32),
+        }
+        choice = loader.max_genes, self._key(self._now // order.steps_per_epoch)
+        if loader.sparse:
+            n_genes = rows.count()
+            if loader.max_genes is not None:
+                np.minimum(n_genes, loader.max_genes, out=n_genes)
+            size = int(n_genes.sum(dtype=np.int64))
+            room = (size + size // 16,)  # or a batch that is a little longer than all before needs new memory
+            fields |= {
+                "gene_id": (room, np.int32),
+                "count": (room, np.float32),
+                "indptr": ((B + 1,), np.int64),
+            }
+            out = self._slabs.take(fields)
+            out["n_genes"][:] = n_genes
+            out["indptr"][0] = 0
+            np.cumsum(n_genes, out=out["indptr"][1:])
+            out["gene_id"], out["count"] = out["gene_id"][:size], out["count"][:size]
+            rows.join(out["indptr"], out["gene_id"], out["count"], *choice)
+        else:
+            longest = int(self._genes.ravel()[slots].max())
+            if loader.max_genes is not None:
+                longest = min(longest, loader.max_genes)
+            L = bucket_of(longest, loader.bucket_lengths)
+            out = self._slabs.take(fields | {"gene_id": ((B, L), np.int32), "count": ((B, L), np.float32)})
+            rows.pad(out["gene_id"], out["count"], out["n_genes"], *choice)
+        out["row"][:] = rows.row
+        out["weight"][:] = row >= 0
         out["depth"][:] = self._depth.ravel()[mine]
         labels = out.pop("labels")
         for codes, table in zip(labels, self._labels, strict=True):
             codes[:] = table.ravel()[mine]
-        pack(
-            self._indices_at.ravel()[mine],
-            self._data_at.ravel()[mine],
-            lengths,
-            out["row"],
-            self._dtypes,
-            out["gene_id"],
-            out["count"],
-            out["n_genes"],
-            lut=loader.lut,
-            max_genes=loader.max_genes,
-            key=self._key(self._now // order.steps_per_epoch),
-        )
-        return CellBatch(**out, label=dict(zip(loader.labels, labels, strict=True)), value={})
+        label = dict(zip(loader.labels, labels, strict=True))
+        return (SparseBatch if loader.sparse else CellBatch)(**out, label=label, value={})
 
 
 def _join(pieces: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.empty(0, dtype), *pieces], dtype=dtype, casting="unsafe")
-
-
-def _hand_out(column: np.ndarray, slots: np.ndarray, filler: int) -> np.ndarray:
-    """The values of a window's rows in the order of its slots; slot -1 is filler."""
-    return np.append(column, np.array(filler, column.dtype))[slots]
