@@ -45,6 +45,11 @@ def validate_counts(
         return
     if values.dtype == np.float16:
         values = values.astype(np.float32)
+    if sparse.issparse(x) and x.format in ("csr", "csc", "coo"):
+        from scjax.corpus.kernels import all_counts  # here, because numba takes a while to import
+
+        if all_counts(values, MAX_COUNT + 1, allow_non_integer):
+            return
     good = (values >= 0) & (values < MAX_COUNT + 1)  # NaN fails both; 2^32 is exact in float32
     if values.dtype.kind == "f" and not allow_non_integer:
         good &= np.floor(values) == values

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import pathlib
+import pickle
+import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import anndata as ad
 import numpy as np
 
+import scjax
+from scjax.corpus.format import Layout
+from scjax.corpus.manifest import FORMAT, VERSION
 from scjax.corpus.obs import ObsSchema, categorise
-from scjax.corpus.source import Source, default_name, open_source
+from scjax.corpus.places import Places, find_places
+from scjax.corpus.sources import Source, list_sources, open_source
 from scjax.genes import GeneMatch, Vocabulary
+
+RUN_ELEMENTS = 2**25  # stored values that one map task reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,48 +33,123 @@ class Study:
     name: str
     layer: str | None
 
+    @property
+    def in_memory(self) -> bool:
+        return not isinstance(self.data, str | os.PathLike)
+
     def open(self) -> Source:
         return open_source(self.data, name=self.name, layer=self.layer)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Where every cell goes.
+class Options:
+    """What a build keeps of its sources; see ``build_corpus``."""
+
+    labels: tuple[str, ...] | None
+    unknown: tuple[str, ...]
+    min_match: float
+    duplicates: str
+    allow_non_integer: bool
+    min_genes: int
+    min_counts: float
+    drop_duplicates: bool
+    validation: float
+    split_by: str | None
+    seed: int
+    shuffle: bool
+
+    def __post_init__(self) -> None:
+        if self.duplicates not in ("error", "sum"):
+            raise ValueError(f"duplicates={self.duplicates!r}: there are error and sum")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation={self.validation}: a fraction of the cells, at least 0 and below 1")
+        if self.split_by is not None and not self.validation:
+            raise ValueError(f"split_by={self.split_by!r} needs validation > 0, the fraction to hold out")
+        if self.min_genes < 1:
+            raise ValueError(
+                f"min_genes={self.min_genes} must be at least 1: an empty cell is nothing to learn from"
+            )
+        if self.min_counts < 0:
+            raise ValueError(f"min_counts={self.min_counts} must be at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The corpus that an append adds to.
 
     Attributes:
-      matches: per study, the vocabulary gene of each of its columns.
-      keys: per study, uint64 [cells]: the order of cells within a bucket.
-      buckets: per study, int32 [cells]: a bucket becomes one part.
-      splits: per bucket, "train" or "validation"; all train buckets come first.
+      manifest_id: of its state, the parent of the new one.
+      datasets: names of its data sets.
+      columns: its label columns and their categories, "dataset" left out.
+      groups: split -> groups of ``split_by`` that are in it.
+      n_cells: its cells in train and validation.
+    """
+
+    manifest_id: str
+    datasets: tuple[str, ...]
+    columns: Mapping[str, Sequence[str]]
+    groups: Mapping[str, Sequence[str]]
+    n_cells: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the plan knows of one source.
+
+    Attributes:
+      ids: int32, the vocabulary gene of each of its columns, -1 for none.
+      held: packed bits of its cells in the validation split, None where a hash decides.
+      entry: of the manifest, as far as it is known before the counts are read.
+    """
+
+    ids: np.ndarray
+    held: np.ndarray | None
+    entry: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to do, small enough for every worker to read.
+
+    Attributes:
+      studies: the sources; those in memory without their data.
+      columns: label column -> categories, those of the corpus that is added to first.
+      runs: (number of the study, first row, last row) of every map task.
+      groups: split -> groups of ``split_by``, where that was asked for.
       n_stored: stored values of all sources together.
     """
 
     studies: tuple[Study, ...]
     vocabulary: Vocabulary
     schema: ObsSchema
-    matches: tuple[GeneMatch, ...]
-    keys: tuple[np.ndarray, ...]
-    buckets: tuple[np.ndarray, ...]
-    splits: tuple[str, ...]
+    columns: dict[str, list[str]]
+    places: Places
+    runs: tuple[tuple[int, int, int], ...]
+    options: Options
+    layout: Layout
+    groups: dict[str, list[str]]
     n_stored: int
+    base: Base | None = None
+
+    @property
+    def n_cells(self) -> int:
+        """Cells of all sources."""
+        return sum(self.places.sizes)
+
+    @property
+    def first_dataset(self) -> int:
+        """Number of the first new data set."""
+        return len(self.base.datasets) if self.base else 0
 
 
 def list_studies(
     sources: Any, names: Sequence[str] | None, layer: str | Mapping[str, str] | None
 ) -> tuple[Study, ...]:
     """Gives every source a name and a layer. ValueError where names are not unique or not as many."""
-    single = isinstance(sources, str | pathlib.Path | ad.AnnData)
-    items = [sources] if single else list(sources)
-    if not items:
-        raise ValueError("no sources to build a corpus from")
-    if names is None:
-        names = [default_name(item) for item in items]
-        if sum(isinstance(item, ad.AnnData) for item in items) > 1:
-            names = [
-                f"adata{i}" if isinstance(item, ad.AnnData) else names[i] for i, item in enumerate(items)
-            ]
-    if len(names) != len(items):
-        raise ValueError(f"{len(names)} names for {len(items)} sources")
+    found = list_sources(sources)
+    names = list(found) if names is None else list(names)
+    if len(names) != len(found):
+        raise ValueError(f"{len(names)} names for {len(found)} sources")
     twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:
         raise ValueError(f"several sources are called {', '.join(twice)}: give each its own with names=")
@@ -74,119 +157,227 @@ def list_studies(
         wrong = ", ".join(sorted(set(layer) - set(names)))
         raise KeyError(f"layer= names data sets that are not there: {wrong}; there are: {', '.join(names)}")
     layers = [layer.get(name) if isinstance(layer, Mapping) else layer for name in names]
-    return tuple(Study(*study) for study in zip(items, names, layers, strict=True))
+    return tuple(Study(*study) for study in zip(found.values(), names, layers, strict=True))
 
 
 def make_plan(
     studies: tuple[Study, ...],
     vocabulary: Vocabulary | None,
-    *,
-    labels: Sequence[str] | None,
-    unknown: Sequence[str],
-    min_match: float,
-    sum_duplicates: bool,
-    allow_non_integer: bool,
-    validation: float,
-    split_by: str | None,
-    seed: int,
-    part_cells: int,
+    options: Options,
+    layout: Layout,
+    folder: pathlib.Path,
+    base: Base | None = None,
 ) -> Plan:
-    """Looks at every source: genes, labels, the first counts. Raises what ``build_corpus`` documents."""
+    """Looks at every source: genes, labels, the first counts. Raises what ``build_corpus`` documents.
+
+    Leaves the plan in ``folder``: ``plan.pkl`` and, per study, its ``Facts``.
+    """
     if vocabulary is None:
         vocabulary = Vocabulary.from_anndata(study.open().var for study in studies)
-    schema = ObsSchema(labels, unknown)
-    matches, sizes, groups, n_stored = [], [], [], 0
-    for study in studies:
+    schema = _schema(options, base)
+    facts, sizes, groups, runs, n_stored = [], [], [], [], 0
+    for number, study in enumerate(studies):
         source = study.open()
         match = vocabulary.match(source.var)
-        _check_match(source, match, vocabulary, min_match, sum_duplicates)
+        _check_match(source, match, vocabulary, options)
         schema.add(source.obs, source.where)
-        if not allow_non_integer:
+        if not options.allow_non_integer:
             source.check_head()
-        if split_by is not None:
-            groups.append(_groups(source, split_by))
-        matches.append(match)
+        if options.split_by is not None:
+            groups.append(_groups(source, options.split_by))
+        runs += [(number, first, last) for first, last in source.runs(RUN_ELEMENTS)]
+        facts.append(Facts(match.ids, None, _entry(source, match, vocabulary)))
         sizes.append(source.shape[0])
         n_stored += source.n_stored
+    if base is not None:
+        _take_over(schema, base)
     schema.finish()
-
-    keys = [_keys(seed, "order", study.name, n) for study, n in zip(studies, sizes, strict=True)]
-    if split_by is not None:
-        held_out = _hold_out_groups(groups, split_by, validation, seed, set(unknown))
-    elif validation:
-        lots = np.concatenate([_keys(seed, "split", s.name, n) for s, n in zip(studies, sizes, strict=True)])
-        held_out = lots.argsort(kind="stable").argsort(kind="stable") < max(1, round(validation * len(lots)))
-    else:
-        held_out = np.zeros(sum(sizes), bool)
-
-    order = np.concatenate(keys)
-    bucket = np.empty(len(order), np.int32)
-    splits: list[str] = []
-    for name, chosen in (("train", ~held_out), ("validation", held_out)):
-        cells = np.flatnonzero(chosen)
-        cells = cells[order[cells].argsort(kind="stable")]
-        n_parts = -(-len(cells) // part_cells)
-        bucket[cells] = len(splits) + np.arange(len(cells)) * n_parts // max(len(cells), 1)
-        splits += [name] * n_parts
-    buckets = np.split(bucket, np.cumsum(sizes)[:-1])
-    return Plan(
-        studies, vocabulary, schema, tuple(matches), tuple(keys), tuple(buckets), tuple(splits), n_stored
+    split_groups: dict[str, list[str]] = {}
+    held = None
+    if options.split_by is not None:
+        split_groups = _split_groups(groups, options, sum(sizes), base)
+        chosen = set(split_groups["validation"])
+        held = [
+            np.packbits(np.array([text in chosen for text in texts])[codes], bitorder="little")
+            for codes, texts in groups
+        ]
+        facts = [dataclasses.replace(f, held=bits) for f, bits in zip(facts, held, strict=True)]
+    places = find_places(
+        [study.name for study in studies],
+        sizes,
+        seed=options.seed,
+        shuffled=options.shuffle,
+        validation=options.validation,
+        groups=held,
+        part_cells=layout.part_cells,
     )
+    columns = {name: list(values) for name, values in (base.columns if base else {}).items()}
+    for name, values in schema.labels.items():
+        known = set(columns.setdefault(name, []))
+        columns[name] += [value for value in values if value not in known]
+    plan = Plan(
+        tuple(dataclasses.replace(s, data=None if s.in_memory else os.path.abspath(s.data)) for s in studies),
+        vocabulary,
+        schema,
+        columns,
+        places,
+        tuple(runs),
+        options,
+        layout,
+        split_groups,
+        n_stored,
+        base,
+    )
+    for number, fact in enumerate(facts):
+        write_whole(folder / f"study-{number:06d}.pkl", pickle.dumps(fact, protocol=5))
+    write_whole(folder / "plan.pkl", pickle.dumps(plan, protocol=5))
+    return plan
 
 
-def _check_match(
-    source: Source, match: GeneMatch, vocabulary: Vocabulary, min_match: float, sum_duplicates: bool
-) -> None:
-    if match.duplicates and not sum_duplicates:
+def _schema(options: Options, base: Base | None) -> ObsSchema:
+    """An append makes a label of whatever is one in the corpus, text or not."""
+    schema = ObsSchema(options.labels, options.unknown)
+    if base is not None:
+        schema._forced |= set(base.columns)
+    return schema
+
+
+def _take_over(schema: ObsSchema, base: Base) -> None:
+    """Labels of the corpus that no new source has are -1 in the new parts, and no error."""
+    if schema._labels is not None:
+        lost = {name for name in base.columns if name not in schema._columns}
+        schema._labels = [name for name in schema._labels if name not in lost]
+    for name in schema._columns:
+        same = [old for old in base.columns if old != name and old.casefold() == name.casefold()]
+        if same:
+            raise ValueError(
+                f"obs column {name!r} and the corpus's label {same[0]!r} differ in case only; "
+                "rename the column in the sources"
+            )
+
+
+def _entry(source: Source, match: GeneMatch, vocabulary: Vocabulary) -> dict[str, Any]:
+    return {
+        "name": source.name,
+        "file": source.file,
+        "layer": source.layer,
+        "species": sorted({vocabulary.species[i] for i in match.ids[match.ids >= 0]}),
+        "n_cells_in": source.shape[0],
+        "genes_total": source.shape[1],
+        "genes_matched": match.n_matched,
+        "matched_by": match.matched_by,
+        "genes_unmatched": match.unmatched[:20],  # examples
+        "left_out": source.account,
+    }
+
+
+def _check_match(source: Source, match: GeneMatch, vocabulary: Vocabulary, options: Options) -> None:
+    if match.duplicates and options.duplicates != "sum":
         shown = "; ".join(f"{gene}: {', '.join(names)}" for gene, names in list(match.duplicates.items())[:5])
         raise ValueError(
             f"{source.where}: {len(match.duplicates)} genes are in several columns ({shown}); "
             "pass duplicates='sum' to add their counts up, or remove the columns"
         )
     of = min(len(match.names), len(vocabulary))
-    if match.n_matched < max(1, min_match * of):
+    if match.n_matched < max(1, options.min_match * of):
         raise ValueError(
             f"{source.where}: {match.n_matched:,} of {len(match.names):,} genes match the vocabulary of "
-            f"{len(vocabulary):,} genes; at least {max(1, int(np.ceil(min_match * of))):,} are asked for "
-            f"(min_match={min_match}). Not matched: {', '.join(match.unmatched[:5])}. In the vocabulary: "
-            f"{', '.join(vocabulary.ids[:3])} ({', '.join(vocabulary.symbols[:3])}). "
+            f"{len(vocabulary):,} genes; at least {max(1, int(np.ceil(options.min_match * of))):,} are asked "
+            f"for (min_match={options.min_match}). Not matched: {', '.join(match.unmatched[:5])}. In the "
+            f"vocabulary: {', '.join(vocabulary.ids[:3])} ({', '.join(vocabulary.symbols[:3])}). "
             "Another species, or another kind of gene name?"
         )
 
 
-def _keys(seed: int, purpose: str, name: str, n: int) -> np.ndarray:
-    """uint64 [n], a hash of (seed, purpose, data set, row): splitmix64 from a start that sha256 gives."""
-    start = hashlib.sha256(f"{seed}|{purpose}|{name}".encode()).digest()[:8]
-    z = np.frombuffer(start, "<u8") + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def _groups(source: Source, column: str) -> np.ndarray:
-    """The group of each cell as text, "" where missing."""
+def _groups(source: Source, column: str) -> tuple[np.ndarray, list[str]]:
+    """(code of each cell, what the codes mean): the group of each cell as text, "" where missing."""
     if column in source.obs:
         codes, texts = categorise(source.obs[column])
-        return np.array([*texts, ""], object)[codes]
+        codes = np.where(codes < 0, len(texts), codes)
+        return codes.astype(np.min_scalar_type(len(texts))), [*texts, ""]
     if column == "dataset":
-        return np.full(source.shape[0], source.name, object)
+        return np.zeros(source.shape[0], np.uint8), [source.name]
     there = ", ".join(map(str, source.obs.columns)) or "none"
     raise KeyError(f"{source.where}: no obs column {column!r} to split by; there are: {there}")
 
 
-def _hold_out_groups(
-    groups: Sequence[np.ndarray], column: str, validation: float, seed: int, unknown: set[str]
-) -> np.ndarray:
-    """Whole groups for validation, in the order of their hash until they hold that fraction of the cells."""
-    cells = np.concatenate(groups)
-    sizes = Counter(value for value in cells if value and value not in unknown)
-    order = sorted(sizes, key=lambda value: hashlib.sha256(f"{seed}|group|{value}".encode()).digest())
-    chosen: set[str] = set()
-    while sum(sizes[value] for value in chosen) < validation * len(cells) and len(chosen) < len(order):
-        chosen.add(order[len(chosen)])
+def _split_groups(
+    groups: Sequence[tuple[np.ndarray, list[str]]], options: Options, n_cells: int, base: Base | None
+) -> dict[str, list[str]]:
+    """Whole groups for validation, in the order of their hash until they hold that fraction of the cells.
+
+    Groups that a corpus knows stay in their split. Of new ones, those are held out that bring the fraction
+    of the whole corpus nearer to what was asked for.
+    """
+    sizes: Counter[str] = Counter()
+    for codes, texts in groups:
+        for text, n in zip(texts, np.bincount(codes, minlength=len(texts)).tolist(), strict=True):
+            if n and text and text not in options.unknown:
+                sizes[text] += n
+    order = sorted(sizes, key=lambda v: hashlib.sha256(f"{options.seed}|group|{v}".encode()).digest())
+    if base is not None:
+        known = {split: list(values) for split, values in base.groups.items()}
+        wanted = options.validation * (n_cells + sum(base.n_cells))
+        held = base.n_cells[1] + sum(sizes[value] for value in known["validation"])
+        for value in order:
+            if value not in known["train"] and value not in known["validation"]:
+                nearer = held + sizes[value] / 2 <= wanted
+                known["validation" if nearer else "train"].append(value)
+                held += nearer * sizes[value]
+        return {split: sorted(values) for split, values in known.items()}
+    chosen: list[str] = []
+    while sum(sizes[v] for v in chosen) < options.validation * n_cells and len(chosen) < len(order):
+        chosen.append(order[len(chosen)])
     if not chosen or len(chosen) == len(order):
         raise ValueError(
-            f"split_by={column!r}: {len(order)} groups ({', '.join(order[:5])}) cannot be split so that "
-            f"some hold {validation:.0%} of the cells and others remain"
+            f"split_by={options.split_by!r}: {len(order)} groups ({', '.join(order[:5])}) cannot be split so "
+            f"that some hold {options.validation:.0%} of the cells and others remain"
         )
-    return np.array([value in chosen for value in cells])
+    return {"train": sorted(set(order) - set(chosen)), "validation": sorted(chosen)}
+
+
+def plan_key(
+    studies: Sequence[Study],
+    vocabulary: Vocabulary | None,
+    options: Options,
+    layout: Layout,
+    base: Base | None,
+) -> str:
+    """12 hex digits that change whenever anything does on which the bytes of the corpus depend."""
+    lines = [scjax.__version__, FORMAT, VERSION, base.manifest_id if base else ""]
+    lines.append(vocabulary.hash if vocabulary else "genes of the sources")
+    lines += [repr(dataclasses.astuple(options)), repr(dataclasses.astuple(layout)), str(RUN_ELEMENTS)]
+    for study in studies:
+        lines.append(repr((study.name, study.layer)))
+        lines += [repr(look) for look in _looks(study)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+
+
+def _looks(study: Study) -> list[tuple[Any, ...]]:
+    """What tells that a source has changed: (path, bytes, time) of its files; in memory, its content."""
+    if study.in_memory:
+        source = study.open()
+        frames = [source.obs, source.var]
+        return [(source.sha256(), hashlib.sha256(frame.to_csv().encode()).hexdigest()) for frame in frames]
+    path = pathlib.Path(study.data)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    files = [path]
+    if path.is_dir():
+        files = sorted(pathlib.Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    stats = [(os.path.abspath(file), file.stat()) for file in files]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def write_whole(path: pathlib.Path, content: bytes, folder: pathlib.Path | None = None) -> None:
+    """Writes a file that is there whole or not at all; of two at once, either's may stay.
+
+    Args:
+      folder: where the file is until it is whole; by default beside ``path``.
+    """
+    partial = (folder or path.parent) / f"tmp-{uuid.uuid4().hex}"
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

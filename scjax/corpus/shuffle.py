@@ -1,194 +1,78 @@
-"""The shuffle of a build: every source is read once into buckets (map), every bucket is a part (reduce)."""
+"""The second half of a build: the cells of one part are collected from all fragments and written.
+
+Fragments are sorted as the part will be, so the cells of a shard lie in one stretch of each: memory is
+bounded by a shard, not by a part, and no file is mapped.
+"""
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import json
 import pathlib
-import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import rich.progress
 import zarr
-from scipy import sparse
 
 from scjax.corpus import manifest as manifests
-from scjax.corpus.counts import MAX_COUNT, CountsError
-from scjax.corpus.format import Layout, index_dtype, write_part, x_dtype
+from scjax.corpus.format import index_dtype, x_dtype
+from scjax.corpus.fragments import Cells, Fragment, encode_labels
+from scjax.corpus.frames import add_group, new_part, one_blosc_thread, write_frames
 from scjax.corpus.index import write_index
+from scjax.corpus.kernels import gather
 from scjax.corpus.plan import Plan
-
-Cells = dict[str, np.ndarray]  # per-cell columns
-
-
-class Spill:
-    """Buckets of cells in a folder: genes and counts as flat files, per-cell columns as pickled runs."""
-
-    def __init__(self, folder: pathlib.Path, gene_dtype: np.dtype, count_dtype: np.dtype) -> None:
-        folder.mkdir()
-        self._folder = folder
-        self._dtypes = {"genes": gene_dtype, "counts": count_dtype}
-        self.n_cells = 0
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes per stored value."""
-        return sum(dtype.itemsize for dtype in self._dtypes.values())
-
-    def add(self, bucket: int, x: sparse.csr_matrix, cells: Cells) -> None:
-        """Appends cells; ``cells`` must hold "nnz"."""
-        for name, values in (("genes", x.indices), ("counts", x.data)):
-            with open(self._folder / f"{bucket}.{name}", "ab") as file:
-                file.write(values.astype(self._dtypes[name]).tobytes())
-        with open(self._folder / f"{bucket}.cells", "ab") as file:
-            file.write(pickle.dumps(cells, protocol=5))
-        self.n_cells += x.shape[0]
-
-    def load(self, bucket: int) -> tuple[np.ndarray, np.ndarray, Cells] | None:
-        """(genes, counts, cells) of a bucket in the order of arrival, the first two memory-mapped."""
-        runs = list(self._runs(bucket))
-        if not runs:
-            return None
-        cells = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
-        genes, counts = (
-            # As plain arrays: slicing a memmap object costs several times as much.
-            np.asarray(np.memmap(self._folder / f"{bucket}.{name}", dtype, "r"))
-            for name, dtype in self._dtypes.items()
-        )
-        return genes, counts, cells
-
-    def _runs(self, bucket: int) -> Iterator[Cells]:
-        path = self._folder / f"{bucket}.cells"
-        if path.exists():
-            with open(path, "rb") as file:
-                while file.peek(1):
-                    yield pickle.load(file)
-
-    def drop(self, bucket: int) -> None:
-        """Frees the disk that a bucket holds."""
-        for name in ("genes", "counts", "cells"):
-            (self._folder / f"{bucket}.{name}").unlink(missing_ok=True)
+from scjax.corpus.shards import ShardWriter
 
 
-def map_sources(
-    plan: Plan, spill: Spill, work: pathlib.Path, bar: rich.progress.Progress, options: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Reads every source once and spills its cells; returns the manifest's entries on data sets."""
-    n_genes = len(plan.vocabulary)
-    task = bar.add_task("reading", total=sum(map(len, plan.keys)))
-    entries = []
-    for number, study in enumerate(plan.studies):
-        bar.update(task, description=f"reading {study.name}")
-        source, match = study.open(), plan.matches[number]
-        obs = {f"obs:{name}": values for name, values in plan.schema.encode(source.obs).items()}
-        names = source.obs.index.astype(str).to_numpy(object)
-        kept, dropped = 0, {"empty": 0, "below_min_genes": 0}
-        for first, x in source.counts(allow_non_integer=options["allow_non_integer"], scratch=work):
-            total = np.asarray(x.sum(1, dtype=np.float64)).ravel()
-            x = _relabel(x, match.ids, n_genes, source.where)
-            nnz = np.diff(x.indptr)
-            empty, few = total == 0, nnz < options["min_genes"]
-            dropped["empty"] += int(empty.sum())
-            dropped["below_min_genes"] += int((few & ~empty).sum())
-            bucket = plan.buckets[number][first : first + len(nnz)]
-            rows = np.flatnonzero(~empty & ~few)
-            rows = rows[bucket[rows].argsort(kind="stable")]
-            kept += len(rows)
-            x, bucket = x[rows], bucket[rows]
-            in_source = rows + first
-            cells: Cells = {
-                "dataset": np.full(len(rows), number, np.int32),
-                "row": in_source,
-                "key": plan.keys[number][in_source],
-                "name": names[in_source],
-                "nnz": nnz[rows],
-                "total": total[rows],
-                **{name: values[in_source] for name, values in obs.items()},
-            }
-            cuts = np.flatnonzero(np.diff(bucket, prepend=-1, append=-1)) if len(rows) else np.zeros(0, int)
-            for low, high in zip(cuts[:-1], cuts[1:], strict=True):
-                run = {name: values[low:high] for name, values in cells.items()}
-                spill.add(int(bucket[low]), x[low:high], run)
-            bar.advance(task, len(nnz))
-        entries.append(
-            {
-                "name": study.name,
-                "file": source.file,
-                "sha256": source.sha256(),
-                "layer": source.layer,
-                "species": sorted({plan.vocabulary.species[i] for i in match.ids[match.ids >= 0]}),
-                "n_cells_in": source.shape[0],
-                "n_cells": kept,
-                "dropped": dropped,
-                "genes_total": source.shape[1],
-                "genes_matched": match.n_matched,
-                "matched_by": match.matched_by,
-                "genes_unmatched": match.unmatched[:20],  # examples
-            }
-        )
-    if not any(entry["n_cells"] for entry in entries):
-        raise ValueError(f"none of the cells has {options['min_genes']} expressed genes of the vocabulary")
-    return entries
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """Where each cell of a part is, in the part's order.
+
+    Attributes:
+      fragment: position in the list of fragments.
+      start: element in that fragment at which it begins.
+      length: its stored values.
+    """
+
+    fragment: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
 
 
-def _relabel(x: sparse.csr_matrix, ids: np.ndarray, n_genes: int, where: str) -> sparse.csr_matrix:
-    """Columns of a study -> vocabulary ids, sorted within a row; columns that are one gene are summed."""
-    genes = ids[x.indices]
-    kept = genes >= 0
-    indptr = np.concatenate([[0], np.cumsum(kept)])[x.indptr]
-    y = sparse.csr_matrix((x.data[kept].astype(np.float64), genes[kept], indptr), shape=(x.shape[0], n_genes))
-    y.sum_duplicates()
-    if y.nnz and y.data.max() > MAX_COUNT:
-        raise CountsError(f"{where}: columns of one gene add up to more than {MAX_COUNT}")
-    return y
-
-
-def reduce_buckets(
-    plan: Plan, spill: Spill, work: pathlib.Path, bar: rich.progress.Progress, layout: Layout
-) -> list[dict[str, Any]]:
-    """Turns every bucket into a part; returns the manifest's entries on parts."""
-    task = bar.add_task("writing", total=spill.n_cells)
-    parts = []
-    for bucket, split in enumerate(plan.splits):
-        bar.update(task, description=f"writing part {bucket + 1} of {len(plan.splits)}")
-        loaded = spill.load(bucket)
-        if loaded is not None:  # else all of its cells were dropped
-            parts.append(_write_part(plan, split, *loaded, work, layout))
-            bar.advance(task, parts[-1]["n_cells"])
-        spill.drop(bucket)
-    return parts
-
-
-def _write_part(
+def write_part(
+    folder: pathlib.Path,
     plan: Plan,
-    split: str,
-    genes: np.ndarray,
-    counts: np.ndarray,
-    cells: Cells,
-    work: pathlib.Path,
-    layout: Layout,
-) -> dict[str, Any]:
-    start = np.cumsum(cells["nnz"], dtype=np.int64) - cells["nnz"]
-    order = np.lexsort((cells["row"], cells["dataset"], cells["key"]))
-    start, cells = start[order], {name: values[order] for name, values in cells.items()}
-    nnz = cells["nnz"].astype(np.uint32)
-    indptr = np.concatenate([[0], np.cumsum(nnz, dtype=np.int64)])
+    part: int,
+    fragments: Sequence[Fragment],
+    duplicates: Mapping[int, np.ndarray],
+    advance: Callable[[int], None],
+) -> None:
+    """Writes a part into ``folder``: ``part.zarr``, ``index`` and ``record.json``, the manifest's entry.
 
-    def pieces(values: np.ndarray) -> Iterator[np.ndarray]:
-        """The values of all cells in their new order, a shard at a time."""
-        for low in range(0, int(indptr[-1]), layout.shard):
-            high = min(low + layout.shard, int(indptr[-1]))
-            first, last = np.searchsorted(indptr, [low, high - 1], side="right") - 1
-            from_ = start[first : last + 1] + np.maximum(low - indptr[first : last + 1], 0)
-            to = start[first : last + 1] + np.minimum(high - indptr[first : last + 1], nnz[first : last + 1])
-            yield np.concatenate([values[a:b] for a, b in zip(from_, to, strict=True)])
+    Args:
+      part: its position in ``plan.places.splits``.
+      fragments: of all runs, in order.
+      duplicates: position of a fragment -> its rows that are to be left out.
+      advance: told how many cells were written since it was last told.
 
-    whole = counts.dtype.kind == "u" or all(
-        bool((np.floor(piece) == piece).all()) for piece in pieces(counts)
-    )
-    dtypes = index_dtype(len(plan.vocabulary)), x_dtype(counts.max(), whole)
+    Raises:
+      OSError: the disk is full or failing, a fragment is damaged.
+    """
+    cells, rows = _collect(part, fragments, duplicates)
+    if not len(rows.length):  # all of its cells were dropped
+        (folder / "record.json").write_text("{}\n")
+        return
     schema, names = plan.schema, [study.name for study in plan.studies]
+    whole = bool(cells["whole"].all())
+    dtypes = index_dtype(len(plan.vocabulary)), x_dtype(cells["largest"].max(), whole)
+    indptr = np.concatenate([[0], np.cumsum(rows.length)])
+    split = plan.places.splits[part]
+
+    path, index = folder / "part.zarr", folder / "index"
+    group = new_part(path)
+    with one_blosc_thread():
+        objects = _write_counts(group, plan, rows, indptr, cells, dtypes, fragments, advance)
     obs: dict[str, Any] = {
         name: (cells[f"obs:{name}"], schema.categories[name]) if kind == "category" else cells[f"obs:{name}"]
         for name, kind in schema.kinds.items()
@@ -196,17 +80,16 @@ def _write_part(
     obs["scjax_dataset"] = cells["dataset"], names
     obs["scjax_source_row"] = cells["row"]
     obs["scjax_cell_id"] = cells["name"]
-    path, index = work / "part.zarr", work / "part-index"
-    write_part(
+    write_frames(
+        group,
         path,
-        layout=layout,
         vocabulary=plan.vocabulary,
-        indptr=indptr,
-        indices=pieces(genes),
-        data=pieces(counts),
-        dtypes=dtypes,
         obs_index=np.array(
-            [f"{names[d]}:{row}" for d, row in zip(cells["dataset"], cells["row"], strict=True)], object
+            [
+                f"{names[d]}:{row}"
+                for d, row in zip(cells["dataset"].tolist(), cells["row"].tolist(), strict=True)
+            ],
+            object,
         ),
         obs=obs,
         uns={
@@ -215,41 +98,155 @@ def _write_part(
             "split": split,
         },
     )
-    _read_back(path, "indices", pieces(genes), dtypes[0])
-    _read_back(path, "data", pieces(counts), dtypes[1])
+    columns = {"total": cells["total"], "codes/dataset": cells["dataset"] + plan.first_dataset}
+    columns |= {f"codes/{name}": codes for name, codes in encode_labels(plan, schema, cells).items()}
+    if plan.options.drop_duplicates:
+        columns["content"] = cells["content"]
+    write_index(index, columns, rows.length.astype(np.uint32))
 
-    columns = {"total": cells["total"], "codes/dataset": cells["dataset"]}
-    for name in schema.labels:
-        columns[f"codes/{name}"] = schema.label_codes(name, cells[f"obs:{name}"])
-    write_index(index, columns, nnz)
-
-    objects = manifests.hash_tree(work, path, index)
-    part_id = manifests.digest(objects)
-    final = {path.name: f"parts/{part_id}.zarr", index.name: f"index/{part_id}"}
-    for name, place in final.items():
-        (work.parent / place).parent.mkdir(exist_ok=True)
-        os.rename(work / name, work.parent / place)
-    placed = {}
-    for name, checks in objects.items():
-        head, _, rest = name.partition("/")
-        placed[f"{final[head]}/{rest}"] = checks
-    return {
+    shards = {f"part.zarr/{name}": checks for name, checks in objects.items()}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = file.relative_to(folder).as_posix()
+        if name not in shards:
+            shards[name] = manifests.hash_object(file)
+    shards = dict(sorted(shards.items()))
+    part_id = manifests.digest(shards)
+    final = {"part.zarr": f"parts/{part_id}.zarr", "index": f"index/{part_id}"}
+    record = {
         "id": part_id,
         "split": split,
-        "n_cells": len(nnz),
+        "n_cells": len(rows.length),
         "nnz": int(indptr[-1]),
-        "max_nnz": int(nnz.max()),
+        "max_nnz": int(rows.length.max()),
         "index_dtype": dtypes[0].name,
         "x_dtype": dtypes[1].name,
-        "objects": placed,
+        "objects": {
+            f"{final[head]}/{rest}": shards[f"{head}/{rest}"]
+            for head, _, rest in (name.partition("/") for name in shards)
+        },
     }
+    (folder / "record.json").write_text(json.dumps(record) + "\n")
 
 
-def _read_back(path: pathlib.Path, name: str, pieces: Iterator[np.ndarray], dtype: np.dtype) -> None:
-    """What was written is what was meant: decodes every shard again."""
-    array = zarr.open_array(path / "X" / name, mode="r")
-    start = 0
-    for piece in pieces:
-        if not np.array_equal(array[start : start + len(piece)], piece.astype(dtype)):
-            raise OSError(f"{path}: X/{name} reads back other values than were written: is the disk failing?")
-        start += len(piece)
+def _collect(
+    part: int, fragments: Sequence[Fragment], duplicates: Mapping[int, np.ndarray]
+) -> tuple[Cells, _Row]:
+    """The columns of a part's cells, and where their counts are, in the part's order."""
+    found: list[Cells] = []
+    for number, fragment in enumerate(fragments):
+        cells = fragment.cells(part)
+        if cells is None:
+            continue
+        nnz = cells["nnz"].astype(np.int64)
+        cells["start"] = int(fragment.head.elements[part]) + np.cumsum(nnz) - nnz
+        cells["fragment"] = np.full(len(nnz), number, np.int32)
+        if number in duplicates:
+            first = int(fragment.head.rows[part])
+            stay = np.ones(len(nnz), bool)
+            gone = duplicates[number] - first
+            stay[gone[(gone >= 0) & (gone < len(nnz))]] = False
+            cells = {name: values[stay] for name, values in cells.items()}
+        found.append(cells)
+    if not found:
+        none = np.zeros(0, np.int64)
+        return {}, _Row(none, none, none)
+    cells = {name: np.concatenate([each[name] for each in found]) for name in found[0]}
+    order = np.lexsort((cells["row"], cells["dataset"], cells["key"]))
+    cells = {name: values[order] for name, values in cells.items()}
+    return cells, _Row(cells.pop("fragment"), cells.pop("start"), cells["nnz"].astype(np.int64))
+
+
+def _write_counts(
+    group: zarr.Group,
+    plan: Plan,
+    rows: _Row,
+    indptr: np.ndarray,
+    cells: Cells,
+    dtypes: tuple[np.dtype, np.dtype],
+    fragments: Sequence[Fragment],
+    advance: Callable[[int], None],
+) -> dict[str, dict[str, Any]]:
+    """Writes X; returns the checksums of its shards."""
+    layout, nnz = plan.layout, int(indptr[-1])
+    x = add_group(group, "X", "csr_matrix", shape=[len(rows.length), len(plan.vocabulary)])
+    pointers = ShardWriter(x, "indptr", np.dtype(np.int64), len(indptr), layout)
+    for low in range(0, len(indptr), layout.shard):
+        pointers.write(indptr[low : low + layout.shard])
+    writers = [
+        ShardWriter(x, name, dtype, nnz, layout)
+        for name, dtype in zip(("indices", "data"), dtypes, strict=True)
+    ]
+    collectors = [
+        _Collector("genes", [dtypes[0]] * len(fragments), dtypes[0], fragments),
+        _Collector("counts", [fragment.head.dtype for fragment in fragments], dtypes[1], fragments),
+    ]
+    done = 0
+    for low in range(0, nnz, layout.shard):
+        high = min(low + layout.shard, nnz)
+        first, last = (int(v) for v in np.searchsorted(indptr, [low, high - 1], side="right") - 1)
+        at = slice(first, last + 1)
+        some = _Row(rows.fragment[at], rows.start[at], rows.length[at])
+        skip = low - int(indptr[first])
+        for collector, writer in zip(collectors, writers, strict=True):
+            values = collector.collect(some, cells[f"check:{collector.name}"][at])
+            writer.write(values[skip : skip + high - low])
+        advance(last + (high == nnz) - done)
+        done = last
+    return {name: checks for writer in (pointers, *writers) for name, checks in writer.objects.items()}
+
+
+class _Collector:
+    """Rows out of many fragments, one after the other, in buffers that are reused."""
+
+    def __init__(
+        self, name: str, stored: Sequence[np.dtype], dtype: np.dtype, fragments: Sequence[Fragment]
+    ) -> None:
+        self.name, self._stored, self._fragments = name, stored, fragments
+        self._staged = np.empty(0, np.uint8)
+        self._out = np.empty(0, dtype)
+
+    def collect(self, rows: _Row, expected: np.ndarray) -> np.ndarray:
+        """The stored values of these rows; valid until the next call.
+
+        Raises:
+          OSError: a row does not have the check sum that it was written with.
+        """
+        used, which = np.unique(rows.fragment, return_inverse=True)
+        low = np.full(len(used), np.iinfo(np.int64).max)
+        high = np.zeros(len(used), np.int64)
+        np.minimum.at(low, which, rows.start)
+        np.maximum.at(high, which, rows.start + rows.length)
+        itemsize = np.array([self._stored[number].itemsize for number in used])
+        room = -(-(high - low) * itemsize // 8) * 8  # every stretch begins where its type may
+        begin = np.cumsum(room) - room
+        self._staged = _grown(self._staged, int(room.sum()))
+        for number, at, first, last in zip(used.tolist(), begin.tolist(), low, high, strict=True):
+            dtype = self._stored[number]
+            out = self._staged[at : at + (last - first) * dtype.itemsize].view(dtype)
+            self._fragments[number].read(self.name, int(first), out)
+
+        ends = np.cumsum(rows.length)
+        self._out = _grown(self._out, int(ends[-1]))
+        address = self._staged.ctypes.data + begin[which] + (rows.start - low[which]) * itemsize[which]
+        check = np.empty(len(ends), np.uint64)
+        kinds = np.array([self._stored[number].char for number in used])[which]
+        for kind in np.unique(kinds):
+            some = np.flatnonzero(kinds == kind) if (kinds != kind).any() else slice(None)
+            sums = np.empty(len(ends[some]), np.uint64)
+            gather(
+                address[some].astype(np.uint64),
+                rows.length[some],
+                (ends - rows.length)[some],
+                np.empty(0, kind),
+                self._out,
+                sums,
+            )
+            check[some] = sums
+        if not np.array_equal(check, expected):
+            wrong = self._fragments[int(rows.fragment[(check != expected).argmax()])].folder
+            raise OSError(f"{wrong}: {self.name} have changed since they were written; remove it and go on")
+        return self._out[: int(ends[-1])]
+
+
+def _grown(buffer: np.ndarray, size: int) -> np.ndarray:
+    return buffer if len(buffer) >= size else np.empty(size + size // 16, buffer.dtype)

@@ -1,0 +1,175 @@
+"""The hot passes of a build, compiled: are these counts, whose gene is this, gather, hash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # nowhere to keep the compiled code, as in a read-only container
+        return numba.njit(nogil=True)(function)
+
+
+@intrinsic
+def _pointer(typing_context, address):
+    def build(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), build
+
+
+@_compiled
+def all_counts(values: np.ndarray, beyond: float, fractions: bool) -> bool:
+    """Whether every value is at least 0, below ``beyond`` and, unless ``fractions``, whole. NaN is not."""
+    good = True
+    for k in range(values.size):
+        value = values[k]
+        good &= (value >= 0) & (value < beyond)
+        if not fractions:
+            good &= np.floor(value) == value
+    return good
+
+
+@_compiled
+def relabel(indptr, indices, data, ids, beyond, genes, counts, nnz, total, largest, whole, dense, seen):
+    """Columns of a study -> genes of the vocabulary, rising within each row, one entry a gene.
+
+    Args:
+      indptr, indices, data: rows of a CSR matrix of counts that were checked.
+      ids: int32, the gene of each column, -1 for none.
+      beyond: sums of columns that are one gene must stay below this.
+      genes, counts: filled from the front; as long as ``data``.
+      nnz, total, largest, whole: per row: entries written, the sum over all columns, the largest count
+        written, whether all of them are whole numbers.
+      dense, seen: scratch: float64 [n_genes] and uint64 [n_genes / 64 + 1], zero on entry and on return.
+
+    Returns:
+      The first row in which a sum is too large, -1 if all is well.
+    """
+    one = np.uint64(1)
+    at = 0
+    for row in range(nnz.size):
+        low, high = indptr[row], indptr[row + 1]
+        sum_, n, last, rising = 0.0, at, np.int32(-1), True
+        for k in range(low, high):
+            gene = ids[indices[k]]
+            sum_ += data[k]
+            # a slot is written whether or not its gene is wanted, and kept if so: nothing to mispredict
+            genes[n] = gene
+            counts[n] = data[k]
+            wanted = (gene >= 0) & (data[k] > 0)
+            rising &= (gene > last) | ~wanted
+            if wanted:
+                last = gene
+                n += 1
+        if not rising:  # other order, or several columns of one gene: through a table of all genes
+            n = at
+            for k in range(low, high):
+                gene = ids[indices[k]]
+                if gene >= 0 and data[k] > 0:
+                    dense[gene] += data[k]
+                    seen[gene >> 6] |= one << np.uint64(gene & 63)
+            for word in range(seen.size):
+                bits = seen[word]
+                seen[word] = 0
+                while bits:
+                    gene = (word << 6) + _trailing_zeros(bits)
+                    bits &= bits - one
+                    genes[n] = gene
+                    counts[n] = dense[gene]
+                    if not dense[gene] < beyond:
+                        return row
+                    dense[gene] = 0
+                    n += 1
+        top, even = 0.0, True
+        for k in range(at, n):
+            top = max(top, np.float64(counts[k]))
+            even &= np.floor(counts[k]) == counts[k]
+        nnz[row], total[row], largest[row], whole[row] = n - at, sum_, top, even
+        at = n
+    return -1
+
+
+@_compiled
+def _trailing_zeros(bits: np.uint64) -> int:
+    n = 0
+    if bits & np.uint64(0xFFFFFFFF) == 0:
+        n += 32
+        bits >>= np.uint64(32)
+    if bits & np.uint64(0xFFFF) == 0:
+        n += 16
+        bits >>= np.uint64(16)
+    if bits & np.uint64(0xFF) == 0:
+        n += 8
+        bits >>= np.uint64(8)
+    if bits & np.uint64(0xF) == 0:
+        n += 4
+        bits >>= np.uint64(4)
+    if bits & np.uint64(0x3) == 0:
+        n += 2
+        bits >>= np.uint64(2)
+    return n + int(bits & np.uint64(1) == 0)
+
+
+@_compiled
+def gather(address, length, to, like, out, check):
+    """Copies rows from memory addresses to places in ``out``.
+
+    Args:
+      address: uint64 [rows], where each row begins; the caller keeps that memory alive.
+      length: int64 [rows], its elements.
+      to: int64 [rows], where it goes in ``out``.
+      like: an array of the type of the elements at these addresses.
+      out: filled there.
+      check: uint64 [rows], filled with a sum of each row in which every element has another weight.
+    """
+    for row in range(length.size):
+        n = length[row]
+        if n == 0:
+            check[row] = 0
+            continue
+        source = numba.carray(_pointer(address[row]), n, like.dtype)  # type: ignore[call-arg]
+        at = to[row]
+        sum_ = np.uint64(0)
+        for k in range(n):
+            out[at + k] = source[k]
+            sum_ += np.uint64(k + 1) * np.uint64(source[k])
+        check[row] = sum_
+
+
+@_compiled
+def _mix(z: np.uint64) -> np.uint64:
+    """The finaliser of splitmix64: every bit of the input moves every bit of the output."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@_compiled
+def content_hash(genes, counts, nnz, out):
+    """uint64 [rows, 2]: a hash of the genes of each row and their counts, whatever the type they are held in.
+
+    Each (gene, count) is mixed on its own and the results are added up, twice with different keys.
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    other = np.uint64(0xC2B2AE3D27D4EB4F)
+    at = 0
+    for row in range(nnz.size):
+        first, second = _mix(np.uint64(nnz[row]) + golden), _mix(np.uint64(nnz[row]) + other)
+        for k in range(at, at + nnz[row]):
+            count = np.float64(counts[k])
+            even = np.floor(count)
+            rest = np.uint64((count - even) * 2.0**52)
+            pair = _mix((np.uint64(genes[k]) << np.uint64(32)) + np.uint64(even) + rest * other)
+            first += _mix(pair + golden)
+            second += _mix((pair ^ other) * golden)
+        out[row, 0], out[row, 1] = first, second
+        at += nnz[row]
