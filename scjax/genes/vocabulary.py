@@ -41,7 +41,8 @@ def _is_ensembl(name: str) -> bool:
     return _ENSEMBL.match(name) is not None
 
 
-def _species_of(gene_id: str) -> str:
+def species_of(gene_id: str) -> str:
+    """The species that an Ensembl id is of, "" for any other name."""
     found = _ENSEMBL.match(gene_id)
     return _SPECIES.get(found[1].rstrip("0123456789"), "") if found else ""
 
@@ -51,7 +52,7 @@ def _text(value: Any) -> str:
     return value.strip() if isinstance(value, str) else "" if pd.isna(value) else str(value)
 
 
-def _names(var: pd.DataFrame | Sequence[str]) -> tuple[list[str], list[list[str]], list[list[str]]]:
+def column_names(var: pd.DataFrame | Sequence[str]) -> tuple[list[str], list[list[str]], list[list[str]]]:
     """Names of a study's columns, then its id and its symbol columns: most trusted first, the names last."""
     if not isinstance(var, pd.DataFrame):
         if isinstance(var, str):
@@ -74,14 +75,18 @@ class GeneMatch:
     Attributes:
       names: the study's var_names.
       ids: int32 [n_vars], vocabulary id, -1 where no gene matches.
-      matched_by: number of columns matched by "id", "symbol" and "alias".
+      matched_by: number of columns matched by "id", "symbol" and "alias", or by "ortholog".
       duplicates: gene id -> names of the columns, for genes that several columns match equally well.
+      left_out: where a table of orthologs was used: why columns match nothing -> how many.
+      species: where a table of orthologs was used: the species of the study, as far as its ids tell.
     """
 
     names: tuple[str, ...]
     ids: np.ndarray
     matched_by: dict[str, int]
     duplicates: dict[str, list[str]]
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    species: tuple[str, ...] = ()
 
     @property
     def n_matched(self) -> int:
@@ -131,7 +136,7 @@ class Vocabulary:
         n = len(self.gene_id)
         self.symbol: tuple[str, ...] = self.gene_id if symbol is None else tuple(map(str, symbol))
         self.species: tuple[str, ...] = tuple(
-            map(_species_of, self.gene_id) if species is None else map(str, species)
+            map(species_of, self.gene_id) if species is None else map(str, species)
         )
         self.biotype: tuple[str, ...] = ("",) * n if biotype is None else tuple(map(str, biotype))
         self.aliases: tuple[tuple[str, ...], ...] = (
@@ -209,7 +214,11 @@ class Vocabulary:
     @classmethod
     def from_tsv(cls, path: str | pathlib.Path) -> Vocabulary:
         """Reads a table with a header: ``gene_id`` and any other fields; further columns are left aside."""
-        text = pathlib.Path(path).read_text(encoding="utf-8")
+        return cls.parse_tsv(pathlib.Path(path).read_text(encoding="utf-8"), path)
+
+    @classmethod
+    def parse_tsv(cls, text: str, path: str | pathlib.Path) -> Vocabulary:
+        """As ``from_tsv``, of the table's text; ``path`` stands for it in messages."""
         if not text.strip():
             raise ValueError(f"{path}: empty; a table of genes with the header gene_id is needed")
         head, *rows = (line.split("\t") for line in text.splitlines())
@@ -283,7 +292,7 @@ class Vocabulary:
         Args:
           var: ``AnnData.var`` or a list of gene names.
         """
-        names, id_columns, symbol_columns = _names(var)
+        names, id_columns, symbol_columns = column_names(var)
         ids = np.full(len(names), -1, np.int32)
         matched_by: dict[str, int] = {}
         for what, columns, table in (
@@ -329,7 +338,7 @@ class Vocabulary:
         for study in studies:
             # A DataFrame has a method called var, so it must be told apart first.
             var = study if isinstance(study, pd.DataFrame) else getattr(study, "var", study)
-            names, id_columns, symbol_columns = _names(var)
+            names, id_columns, symbol_columns = column_names(var)
             with_id: set[str] = set()
             without: set[str] = set()
             for i in range(len(names)):
@@ -341,7 +350,7 @@ class Vocabulary:
                     owners[name].add(gene)
                 elif not gene and name:
                     without.add(name)
-            species = Counter(map(_species_of, with_id)).most_common(1)
+            species = Counter(map(species_of, with_id)).most_common(1)
             for name in without:
                 bare[name].add(species[0][0] if species else "")
             contents.append((with_id, without))
@@ -354,12 +363,12 @@ class Vocabulary:
         genes: dict[str, tuple[str, str, tuple[str, ...]]] = {}
         for name, where in bare.items():
             owner = next(iter(owners[name])) if len(owners[name]) == 1 else ""
-            if owner and (name, owner) not in apart and where <= {"", _species_of(owner)}:
+            if owner and (name, owner) not in apart and where <= {"", species_of(owner)}:
                 continue  # that Ensembl gene under its symbol
             genes[name] = (name, where.pop() if len(where) == 1 else "", ())
         for gene, used in symbols.items():
             ranked = sorted((n for n in used if n), key=lambda n: (-used[n], n)) or [gene]
-            genes[gene] = (ranked[0], _species_of(gene), tuple(ranked[1:]))
+            genes[gene] = (ranked[0], species_of(gene), tuple(ranked[1:]))
         order = sorted(genes)
         return cls(
             order,
