@@ -200,14 +200,14 @@ def part(tmp_path, n_cells=2500, seed=0):
     rng = np.random.default_rng(seed)
     nnz = rng.integers(0, 9, n_cells).astype("uint32")
     indptr = np.concatenate([[0], np.cumsum(nnz)]).astype("int64")
-    write(tmp_path / "X/indices", counts(indptr[-1], seed=1), chunk=100)
-    write(tmp_path / "X/data", counts(indptr[-1], "uint32", seed=2), chunk=100, blosc="bits")
+    folder = tmp_path / "parts/p7.zarr/X"
+    write(folder / "indices", counts(indptr[-1], seed=1), chunk=100)
+    write(folder / "data", counts(indptr[-1], "uint32", seed=2), chunk=100, blosc="bits")
     write_index(tmp_path / "index/p7", {}, nnz)
-    objects = hash_tree(tmp_path, tmp_path / "index")
-    arrays = PartIndex(LocalStore(tmp_path), "p7", n_cells, int(indptr[-1]), objects)
-    return SimpleNamespace(
-        id="p7", path=tmp_path, n_cells=n_cells, arrays=arrays, store=LocalStore(tmp_path)
-    ), indptr
+    objects = hash_tree(tmp_path, tmp_path / "index", tmp_path / "parts")
+    store = LocalStore(tmp_path)
+    arrays = PartIndex(store, "p7", n_cells, int(indptr[-1]), objects)
+    return SimpleNamespace(id="p7", n_cells=n_cells, arrays=arrays, store=store, objects=objects), indptr
 
 
 def test_rows_of_a_part(tmp_path):
@@ -238,7 +238,7 @@ def test_spans_come_one_after_the_other(tmp_path, threads):
         whole = counts(indptr[-1], seed=seed)
         np.testing.assert_array_equal(array[:total], np.concatenate([whole[a:b] for a, b in spans]))
         assert not array[total:].any()
-    flip(tmp_path / "X/data/c/1", 30)
+    flip(tmp_path / "parts/p7.zarr/X/data/c/1", 30)
     with pytest.raises(CorruptDataError, match=r"part p7, array X/data, shard 1, chunk 0"):
         reader.read_spans(spans, indices, data, pool)
     if pool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import pathlib
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,10 @@ from scipy import sparse
 
 from scjax.corpus.index import PartIndex
 from scjax.corpus.locks import hold_manifest
+from scjax.corpus.manifest import read_manifest
 from scjax.corpus.reader import PartReader
-from scjax.corpus.store import LocalStore, Store
+from scjax.corpus.remote import Patience
+from scjax.corpus.store import LocalStore, Store, open_store, read_checked
 from scjax.corpus.summary import summarise
 from scjax.corpus.verify import verify
 from scjax.genes import Vocabulary
@@ -34,8 +37,8 @@ class Part:
 
     Attributes:
       id: name of the part, unique in the corpus.
-      path: its AnnData zarr group.
-      index: folder of its index arrays.
+      path: its AnnData zarr group, as a ``pathlib.Path``, or as a URL in an object store.
+      index: folder of its index arrays, likewise.
       first_row: global row number of its first cell.
       n_cells, nnz, max_nnz: cells, expressed (cell, gene) pairs, most expressed genes in a cell.
       split: "train" or "validation".
@@ -47,8 +50,8 @@ class Part:
     """
 
     id: str
-    path: pathlib.Path
-    index: pathlib.Path
+    path: Any
+    index: Any
     first_row: int
     n_cells: int
     nnz: int
@@ -60,6 +63,37 @@ class Part:
     store: Store = dataclasses.field(repr=False, compare=False)
     objects: dict[str, dict[str, Any]] = dataclasses.field(repr=False, compare=False)
     labels: tuple[str, ...]
+
+    def group(self, *names: str) -> Any:
+        """Some of the part's AnnData group ("obs", "X/indptr", ...), each object checked, to read from.
+
+        Returns:
+          A read-only ``zarr.Group`` in memory. The counts have a faster way: ``PartReader``.
+
+        Raises:
+          CorruptDataError: an object is missing or damaged; names it.
+        """
+        from zarr.core.buffer import default_buffer_prototype
+        from zarr.storage import MemoryStore
+
+        prefix = f"parts/{self.id}.zarr/"
+
+        def belongs(path: str) -> bool:
+            """Below one of the names, or what describes a group that holds one."""
+            above = path.endswith("zarr.json") and any(
+                n.startswith(path.removesuffix("zarr.json")) for n in names
+            )
+            return above or path.startswith(tuple(f"{n}/" for n in names))
+
+        wanted = [name for name in self.objects if name.startswith(prefix) and belongs(name[len(prefix) :])]
+        buffer = default_buffer_prototype().buffer
+
+        def read(name: str) -> Any:
+            return buffer.from_bytes(read_checked(self.store, name, self.objects, f"part {self.id}"))
+
+        held = zip(wanted, self.store.map(read, wanted), strict=True)
+        contents = {name.removeprefix(prefix): content for name, content in held}
+        return zarr.open_group(MemoryStore(contents), mode="r", use_consolidated=False)
 
     @functools.cached_property
     def arrays(self) -> PartIndex:
@@ -108,20 +142,27 @@ class Part:
 class Corpus:
     """A set of immutable parts with one vocabulary. Rows are numbered over the parts in manifest order.
 
-    Use ``Corpus.open(path)``; opening costs the same whatever the number of cells.
+    Use ``Corpus.open(path)``; opening reads the manifest and nothing else. What is read later is checked
+    against it, so that damage is an error that names the object and never wrong data.
+
+    Attributes:
+      path: folder of the corpus, or its URL as text.
+      manifest_id, manifest: the state that was opened, and what it says.
+      parts: the parts, in order.
+      store: where the objects are.
     """
 
-    def __init__(self, path: pathlib.Path, manifest_id: str, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Any, manifest_id: str, manifest: dict[str, Any], store: Store) -> None:
         self.path, self.manifest_id, self.manifest = path, manifest_id, manifest
-        self.store = LocalStore(path)
+        self.store = store
         parts = []
         first = 0
         for entry in manifest["parts"]:
             parts.append(
                 Part(
                     id=entry["id"],
-                    path=path / "parts" / f"{entry['id']}.zarr",
-                    index=path / "index" / entry["id"],
+                    path=_join(path, f"parts/{entry['id']}.zarr"),
+                    index=_join(path, f"index/{entry['id']}"),
                     first_row=first,
                     n_cells=entry["n_cells"],
                     nnz=entry["nnz"],
@@ -140,18 +181,39 @@ class Corpus:
         self._len = first
 
     @classmethod
-    def open(cls, path: str | pathlib.Path, manifest: str | None = None) -> Corpus:
-        """Opens the corpus in a folder, at its present state or at an earlier manifest.
+    def open(
+        cls,
+        path: str | pathlib.Path,
+        manifest: str | None = None,
+        *,
+        cache: str | pathlib.Path | bool | None = None,
+        cache_bytes: int | None = None,
+        patience: Patience | None = None,
+    ) -> Corpus:
+        """Opens a corpus, at its present state or at an earlier manifest.
+
+        Args:
+          path: its folder, or its URL in an object store: s3://, gs://, az://, http:// or https:// (with
+            ``pip install 'scjax[remote]'``). Credentials and endpoints are those of the environment.
+          manifest: id of an earlier state.
+          cache: of a URL, the folder in which what was read is kept, and found again by all corpora and
+            processes; by default ``$SCJAX_CACHE`` or ``~/.cache/scjax``. False keeps nothing.
+          cache_bytes: what the cache may hold; what was not used for longest is then removed. By default as
+            much as the disk has room for.
+          patience: how long the object store may take, and how often it is asked again.
 
         Raises:
           FileNotFoundError: no complete corpus there, or no such manifest.
-          ValueError: damaged, or of an unknown format version.
+          ValueError: damaged, of an unknown format version, or a URL that no store is known for.
+          StoreError (an OSError): the object store does not deliver.
+          ImportError: a URL, and obstore is not installed.
         """
-        root = pathlib.Path(path)
-        manifest_id, content, lock = hold_manifest(root, manifest)
-        corpus = cls(root, manifest_id, content)
-        corpus.store.held = lock  # while a corpus or one of its parts is in use, gc leaves it alone
-        return corpus
+        store = open_store(path, cache, cache_bytes, patience)
+        if isinstance(store, LocalStore):
+            manifest_id, content, store.held = hold_manifest(store.root, manifest)
+            return cls(store.root, manifest_id, content, store)  # gc leaves alone what ``held`` holds
+        manifest_id, content = read_manifest(store, manifest)
+        return cls(store.where(""), manifest_id, content, store)
 
     def __len__(self) -> int:
         return self._len
@@ -165,10 +227,12 @@ class Corpus:
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
         """The genes; a gene's position is its id in the counts."""
-        vocabulary = Vocabulary.from_tsv(self.path / self.manifest["vocabulary"]["file"])
+        name = self.manifest["vocabulary"]["file"]
+        content = read_checked(self.store, name, self.manifest["objects"], "the vocabulary")
+        vocabulary = Vocabulary.parse_tsv(content.decode(), self.store.where(name))
         if vocabulary.hash != self.manifest["vocabulary"]["hash"]:
             raise ValueError(
-                f"{self.path / self.manifest['vocabulary']['file']}: damaged: the vocabulary has hash "
+                f"{self.store.where(name)}: damaged: the vocabulary has hash "
                 f"{vocabulary.short_hash}, the manifest says {self.manifest['vocabulary']['hash'][:12]}"
             )
         return vocabulary
@@ -205,13 +269,15 @@ class Corpus:
             if dataset not in self.datasets:
                 raise KeyError(f"no data set {dataset!r}; there are: {', '.join(self.datasets)}")
             dataset = self.datasets.index(dataset)
-        packed = np.load(self.path / entries[dataset]["measured"])
+        name = entries[dataset]["measured"]
+        content = read_checked(self.store, name, self.manifest["objects"], "the measured genes")
+        packed = np.load(io.BytesIO(content), allow_pickle=False)
         n_genes = self.manifest["vocabulary"]["n_genes"]
         return np.unpackbits(packed, count=n_genes, bitorder="little").astype(bool)
 
     def measured_table(self) -> np.ndarray:
         """bool [n_datasets, n_genes], ``measured`` of every data set."""
-        return np.stack([self.measured(i) for i in range(len(self.manifest["datasets"]))])
+        return np.stack(self.store.map(self.measured, range(len(self.manifest["datasets"]))))
 
     def read(self, rows: Any) -> ad.AnnData:
         """Reads cells by global row number, in the order given; a row may be asked for more than once.
@@ -236,16 +302,17 @@ class Corpus:
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             bad = int(rows[(rows < 0) | (rows >= len(self))][0])
             raise IndexError(f"row {bad}: the corpus has rows 0 to {len(self) - 1}")
+        n_genes = self.manifest["vocabulary"]["n_genes"]
         wanted, order = np.unique(rows, return_inverse=True)
         firsts = np.array([part.first_row for part in self.parts] + [len(self)])
         cuts = np.searchsorted(wanted, firsts)
         pieces = [
-            _read_part(part, wanted[low:high] - part.first_row)
+            _read_part(part, wanted[low:high] - part.first_row, n_genes)
             for part, low, high in zip(self.parts, cuts[:-1], cuts[1:], strict=True)
             if high > low
         ]
         if not pieces:
-            pieces = [_read_part(self.parts[0], wanted)]
+            pieces = [_read_part(self.parts[0], wanted, n_genes)]
         x = sparse.vstack([piece[0] for piece in pieces], format="csr")
         obs = pd.concat([piece[1] for piece in pieces])
         if len(order) != len(wanted) or (order[1:] < order[:-1]).any():
@@ -286,13 +353,16 @@ class Corpus:
         return pd.DataFrame(fields, index=self.vocabulary.ids)
 
 
-def _read_part(part: Part, rows: np.ndarray) -> tuple[sparse.csr_matrix, pd.DataFrame]:
+def _join(path: Any, name: str) -> Any:
+    """The path of an object: a Path under a folder, text under a URL."""
+    return path / name if isinstance(path, pathlib.Path) else f"{path}/{name}"
+
+
+def _read_part(part: Part, rows: np.ndarray, n_genes: int) -> tuple[sparse.csr_matrix, pd.DataFrame]:
     """Counts and obs of sorted, distinct rows of one part."""
     indptr = np.zeros(part.n_cells + 1, np.int64)
     np.cumsum(part.nnz_per_cell, out=indptr[1:])
     reader = PartReader(part)
-    group: Any = zarr.open_group(part.path, mode="r")
-    n_genes = group["X"].attrs["shape"][1]
     # Rows nearer than an inner chunk are read as one run, so that each chunk is decoded about once; a run
     # has a bounded length, so that memory is.
     far = indptr[rows[1:]] - indptr[rows[:-1] + 1] > part.inner
@@ -306,5 +376,5 @@ def _read_part(part: Part, rows: np.ndarray) -> tuple[sparse.csr_matrix, pd.Data
             span = data, indices, indptr[run[0] : run[-1] + 2] - low
             matrix = sparse.csr_matrix(span, shape=(run[-1] + 1 - run[0], n_genes))
             matrices.append(matrix[run - run[0]])
-    obs = ad.io.read_elem(group["obs"])
+    obs = ad.io.read_elem(part.group("obs")["obs"])
     return sparse.vstack(matrices, format="csr"), obs.iloc[rows]

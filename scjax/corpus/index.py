@@ -85,9 +85,10 @@ class PartIndex:
         self._store, self._part, self._objects = store, part, objects
         self._n_cells = n_cells
         n_blocks = -(-n_cells // BLOCK)
-        self.names: list[str] = json.loads(self._whole("columns.json"))
-        self.blocks = self._array("blocks.npy", np.dtype("<i8"), (n_blocks + 1,))
-        self._checks = self._array("checks.npy", np.dtype("<u4"), (len(self.names), n_blocks))
+        names, blocks, checks = store.map(self._whole, ("columns.json", "blocks.npy", "checks.npy"))
+        self.names: list[str] = json.loads(names)
+        self.blocks = self._array("blocks.npy", blocks, np.dtype("<i8"), (n_blocks + 1,))
+        self._checks = self._array("checks.npy", checks, np.dtype("<u4"), (len(self.names), n_blocks))
         if self.blocks[-1] != nnz:
             raise CorruptDataError(
                 f"part {part}: its index ends at element {self.blocks[-1]}, the manifest says {nnz}"
@@ -98,8 +99,8 @@ class PartIndex:
             self._store, f"index/{self._part}/{name}", self._objects, f"part {self._part}, index"
         )
 
-    def _array(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-        array = np.load(io.BytesIO(self._whole(name)), allow_pickle=False)
+    def _array(self, name: str, content: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+        array = np.load(io.BytesIO(content), allow_pickle=False)
         if array.dtype != dtype or array.shape != shape:
             raise CorruptDataError(
                 f"part {self._part}, index: {name} holds {array.dtype} {array.shape}, not {dtype} {shape}"
@@ -137,9 +138,12 @@ class PartIndex:
         low, high = first // BLOCK * BLOCK, min(-(-last // BLOCK) * BLOCK, self._n_cells)
         raw = np.empty((high - low) * row, np.uint8)
         if raw.size:
-            self._fill(name, low, raw, row, opened or self._store.open)
+            self._fill(name, low, raw, row, opened or self._open)
         values = raw.view(dtype).reshape(-1, width) if width > 1 else raw.view(dtype)
         return values[first - low : last - low]
+
+    def _open(self, name: str) -> StoredFile:
+        return self._store.open(name, self._objects[name])
 
     def _fill(
         self, name: str, low: int, raw: np.ndarray, row: int, opened: Callable[[str], StoredFile]
@@ -150,22 +154,26 @@ class PartIndex:
             raise CorruptDataError(f"part {self._part}: the manifest tells of no {path}")
         # the values are the end of the file; what stands before them need not be looked at
         begin = int(self._objects[path]["bytes"]) - self._n_cells * row
-        try:
-            got = opened(path).readinto(begin + low * row, raw)
-        except FileNotFoundError:
-            raise CorruptDataError(
-                missing(f"part {self._part}, column {name}", self._store.where(path))
-            ) from None
-        if got < raw.size:
-            raise CorruptDataError(
-                f"part {self._part}, column {name}: {self._store.where(path)} is cut short, {got} of "
-                f"{raw.size} bytes are there"
-            )
-        checks = self._checks[self.names.index(name)]
-        for block, at in enumerate(range(0, raw.size, BLOCK * row), low // BLOCK):
-            if google_crc32c.value(raw[at : at + BLOCK * row]) != checks[block]:
+        where, checks = self._store.where(path), self._checks[self.names.index(name)]
+        wrong = -1
+        for again in (False, True):
+            try:
+                got = opened(path).readinto(begin + low * row, raw, again)
+            except FileNotFoundError:
+                raise CorruptDataError(missing(f"part {self._part}, column {name}", where)) from None
+            if got < raw.size:
                 raise CorruptDataError(
-                    f"part {self._part}, column {name}: rows {block * BLOCK} to "
-                    f"{min((block + 1) * BLOCK, self._n_cells) - 1} of {self._store.where(path)} do not have "
-                    "the checksum that the index states, they have changed"
+                    f"part {self._part}, column {name}: {where} is cut short, {got} of {raw.size} bytes are "
+                    "there"
                 )
+            for block, at in enumerate(range(0, raw.size, BLOCK * row), low // BLOCK):
+                if google_crc32c.value(raw[at : at + BLOCK * row]) != checks[block]:
+                    wrong = block
+                    break
+            else:
+                return
+        raise CorruptDataError(
+            f"part {self._part}, column {name}: rows {wrong * BLOCK} to "
+            f"{min((wrong + 1) * BLOCK, self._n_cells) - 1} of {where} do not have the checksum that the "
+            "index states, they have changed"
+        )

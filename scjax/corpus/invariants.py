@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import anndata as ad
 import numba
 import numpy as np
-import zarr
 
 from scjax.corpus.format import BLOCK
 from scjax.corpus.index import column_layout
@@ -82,7 +81,7 @@ def check_part(part: Part, promises: Promises, advance: Callable[[int], None]) -
 
 
 def _frames(part: Part, promises: Promises, indptr: np.ndarray) -> Iterator[str]:
-    group: Any = zarr.open_group(part.store.local(f"parts/{part.id}.zarr"), mode="r")
+    group = part.group("X/indptr", "obs", "var")
     shape = [part.n_cells, len(promises.gene_ids)]
     if list(group["X"].attrs["shape"]) != shape:
         yield f"X has shape {group['X'].attrs['shape']}, not {shape}"

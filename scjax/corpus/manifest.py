@@ -6,9 +6,12 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 import google_crc32c
+
+from scjax.corpus.store import LocalStore, Store
 
 FORMAT = "scjax-corpus"
 VERSION = "2.0"
@@ -90,32 +93,33 @@ def sync_folder(path: pathlib.Path) -> None:
             os.close(handle)
 
 
-def read_manifest(root: pathlib.Path, manifest_id: str | None = None) -> tuple[str, dict[str, Any]]:
+def read_manifest(root: pathlib.Path | Store, manifest_id: str | None = None) -> tuple[str, dict[str, Any]]:
     """Reads the manifest that HEAD names, or another one of the same corpus.
 
     Raises:
-      FileNotFoundError: no corpus at ``root``, or no such manifest (those there are are listed).
-      ValueError: the manifest is damaged, or of a format version that this scjax does not know.
+      FileNotFoundError: no corpus at ``root``, or no such manifest (those in a folder are listed).
+      ValueError: HEAD or the manifest is damaged, or of a format version that this scjax does not know.
     """
+    store: Store = LocalStore(root) if isinstance(root, pathlib.Path) else root
+    folder = store.root if isinstance(store, LocalStore) else None
     if manifest_id is None:
-        head = root / "HEAD"
-        if not head.is_file():
-            state = (
-                "no such folder"
-                if not root.exists()
-                else "a build was interrupted here, run it again"
-                if (root / ".build").exists()
-                else "no file HEAD, so no complete corpus"
-            )
-            raise FileNotFoundError(f"{root}: {state}")
-        manifest_id = head.read_text().strip()
-    path = root / "manifests" / f"{manifest_id}.json"
-    if not path.is_file():
-        there = sorted(p.stem for p in root.glob("manifests/*.json"))
-        raise FileNotFoundError(
-            f"{root}: no manifest {manifest_id!r}; there are: {', '.join(there) or 'none'}"
-        )
-    content = path.read_bytes()
+        try:
+            head = store.read("HEAD")
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise FileNotFoundError(f"{store.where('')}: {_state(folder)}") from None
+        manifest_id = head.decode(errors="replace").strip()
+        if not re.fullmatch("[0-9a-f]{12}", manifest_id):
+            raise ValueError(f"{store.where('HEAD')}: damaged: {manifest_id[:40]!r} names no manifest")
+    name = f"manifests/{manifest_id}.json"
+    path = store.where(name)
+    try:
+        content = store.read(name)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        there = [] if folder is None else sorted(p.stem for p in folder.glob("manifests/*.json"))
+        known = "" if folder is None else f"; there are: {', '.join(there) or 'none'}"
+        raise FileNotFoundError(f"{store.where('')}: no manifest {manifest_id!r}{known}") from None
+    if digest(content) != manifest_id:  # perhaps only a copy is damaged
+        content = store.read(name, None, True)
     if digest(content) != manifest_id:
         raise ValueError(f"{path}: damaged: its content does not have the hash that its name states")
     manifest = json.loads(content)
@@ -127,3 +131,12 @@ def read_manifest(root: pathlib.Path, manifest_id: str | None = None) -> tuple[s
             f"{VERSION.split('.')[0]}.x: {'' if older else 'upgrade scjax or '}build the corpus again"
         )
     return manifest_id, manifest
+
+
+def _state(folder: pathlib.Path | None) -> str:
+    """Why there is no corpus."""
+    if folder is not None and not folder.exists():
+        return "no such folder"
+    if folder is not None and (folder / ".build").exists():
+        return "a build was interrupted here, run it again"
+    return "no file HEAD, so no complete corpus"

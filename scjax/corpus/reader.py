@@ -2,8 +2,9 @@
 
 A part stores its expressed genes and their counts as two 1-D zarr v3 arrays. Each is cut into inner chunks
 (decoded as a whole), and runs of chunks are packed into shard files that end in an index: the offset and
-size of every chunk, and a checksum. The reader keeps shard files open and their indices in memory, reads one
-chunk with one ``pread``, checks its CRC-32C and decompresses it straight into the caller's array.
+size of every chunk, and a checksum. The reader keeps shard files open and their indices in memory, reads
+chunks that lie side by side with one ``pread`` or one request to an object store, checks the CRC-32C of each
+and decompresses it straight into the caller's array.
 
 Everything here may be called from several threads at once; reading and decompressing release the GIL.
 
@@ -12,12 +13,12 @@ Layout: Zarr v3 specification, codecs ``sharding_indexed``, ``bytes``, ``blosc``
 
 from __future__ import annotations
 
-import collections
+import dataclasses
+import functools
 import json
 import os
 import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,21 @@ import numpy as np
 from numcodecs import Blosc
 
 from scjax.corpus.format import BLOCK
-from scjax.corpus.store import CorruptDataError, StoredFile
+from scjax.corpus.store import (
+    CorruptDataError,
+    LocalStore,
+    ShardCache,
+    Store,
+    StoredFile,
+    missing,
+    read_checked,
+)
 
 if TYPE_CHECKING:
     from scjax.corpus import Part
 
-OPEN_SHARDS = 256  # a corpus of 100 million cells has 12 thousand shard files, more than may be open at once
+RANGE_BYTES = 2**22  # of neighbouring chunks that are read as one
+ARENA_BYTES = 2**26  # of ranges that are under way at a time from a remote store
 _ABSENT = 2**64 - 1  # offset and size of a chunk that was never written: all fill value
 _BLOSC_HEADER = 16
 
@@ -48,32 +58,19 @@ def _buffer(name: str, size: int) -> np.ndarray:
     return held[:size]
 
 
-def _pread(fd: int, out: np.ndarray, offset: int) -> int:
-    """Fills ``out`` (uint8) from a file; returns the bytes read, fewer only at the end of the file."""
-    done = 0
-    while done < out.size:
-        n = os.preadv(fd, [out[done:].data], offset + done)
-        if n == 0:
-            break
-        done += n
-    return done
-
-
 class _Shard:
-    """An open shard file and its index. The file is closed when the last user lets go of the object."""
+    """An open shard and its index. The file is closed when the last user lets go of the object."""
 
-    def __init__(self, path: str, where: str, n_chunks: int, index_checksum: bool):
-        try:
-            self.fd = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise CorruptDataError(f"{where}: the file {path} is missing") from None
-        weakref.finalize(self, os.close, self.fd).atexit = False
-        size = os.fstat(self.fd).st_size
+    def __init__(self, file: StoredFile, path: str, where: str, n_chunks: int, index_checksum: bool):
+        self.file, size = file, file.size
         index = np.empty(16 * n_chunks + 4 * index_checksum, np.uint8)
-        if size < index.size or _pread(self.fd, index, size - index.size) < index.size:
-            raise CorruptDataError(f"{where}: {path} is cut short ({size} bytes, less than its index)")
         entries = index[: 16 * n_chunks]
-        if index_checksum and google_crc32c.value(entries) != int(index[-4:].view("<u4")[0]):
+        for again in (False, True):
+            if size < index.size or file.readinto(size - index.size, index, again) < index.size:
+                raise CorruptDataError(f"{where}: {path} is cut short ({size} bytes, less than its index)")
+            if not index_checksum or google_crc32c.value(entries) == int(index[-4:].view("<u4")[0]):
+                break
+        else:
             raise CorruptDataError(f"{where}: the checksum of the index at the end of {path} does not match")
         self.offset, self.size = entries.view("<u8").reshape(-1, 2).T.tolist()
         for chunk, (offset, n) in enumerate(zip(self.offset, self.size, strict=True)):
@@ -83,35 +80,27 @@ class _Shard:
                 )
 
 
-class ShardCache:
-    """The shard files that are open, at most ``limit``, the least recently used closed first."""
+@dataclasses.dataclass
+class _Run:
+    """Chunks of a shard whose stored bytes lie side by side, to be read as one."""
 
-    def __init__(self, limit: int = OPEN_SHARDS):
-        self._limit = limit
-        self._held: collections.OrderedDict[Any, Any] = collections.OrderedDict()
-        self._lock = threading.Lock()
+    array: ShardedArray
+    shard: _Shard
+    number: int
+    first: int  # chunks [first, last) of the shard
+    last: int
+    low: int  # the elements that are wanted, and where they go
+    high: int
+    out: np.ndarray
+    stored: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.uint8))
 
-    def get(self, path: str, where: str, n_chunks: int, index_checksum: bool) -> _Shard:
-        return self._get(path, lambda: _Shard(path, where, n_chunks, index_checksum))
+    @property
+    def offset(self) -> int:
+        return self.shard.offset[self.first]
 
-    def file(self, part: Part, name: str) -> StoredFile:
-        """An object of a part's store, opened."""
-        return self._get((part.id, name), lambda: part.store.open(name))
-
-    def _get(self, key: Any, make: Callable[[], Any]) -> Any:
-        with self._lock:
-            held = self._held.get(key)
-            if held is None:
-                held = self._held[key] = make()
-                if len(self._held) > self._limit:
-                    self._held.popitem(last=False)
-            else:
-                self._held.move_to_end(key)
-            return held
-
-    def close(self) -> None:
-        with self._lock:
-            self._held.clear()
+    @property
+    def n_bytes(self) -> int:
+        return self.shard.offset[self.last - 1] + self.shard.size[self.last - 1] - self.offset
 
 
 class ShardedArray:
@@ -125,19 +114,40 @@ class ShardedArray:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], name: str | None = None, shards: ShardCache | None = None
+        self,
+        path: str | os.PathLike[str],
+        name: str | None = None,
+        shards: ShardCache | None = None,
+        store: Store | None = None,
+        objects: Mapping[str, Mapping[str, Any]] | None = None,
     ):
-        """Opens the array in the directory ``path``; ``name`` stands for it in error messages.
+        """Opens an array.
+
+        Args:
+          path: its directory, or with ``store`` its name there.
+          name: stands for it in error messages.
+          shards: holds its open shards.
+          store: where it is.
+          objects: the manifest's entries on the objects of the store; what they tell of is checked.
 
         Raises:
           FileNotFoundError: there is no array.
           ValueError: it is not a 1-D array in the layout that this module reads; says what differs.
+          CorruptDataError: its description is not the one that the manifest tells of.
         """
-        self.path = os.fspath(path)
+        self._store = store or LocalStore(Path(path))
+        self._prefix = f"{os.fspath(path)}/" if store else ""
+        self._objects = objects or {}
+        self.path = self._store.where(self._prefix.rstrip("/")) if store else os.fspath(path)
         self.name = name or self.path
         self._shards = shards if shards is not None else ShardCache()
+        described = f"{self._prefix}zarr.json"
         try:
-            meta = json.loads(Path(self.path, "zarr.json").read_text())
+            if described in self._objects:
+                content = read_checked(self._store, described, self._objects, self.name)
+            else:
+                content = self._store.read(described)
+            meta = json.loads(content)
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{self.name}: no zarr array in {self.path} (zarr.json is missing)"
@@ -195,39 +205,83 @@ class ShardedArray:
             raise IndexError(f"{self.name}: [{low}, {high}) is outside an array of {self.n} elements")
         if out.shape != (high - low,):
             raise ValueError(f"{self.name}: {high - low} elements do not fit an array of shape {out.shape}")
-        direct = out.dtype == self.dtype and out.flags.c_contiguous
+        _read([(self, low, high, out)])
+
+    def _runs(self, low: int, high: int, out: np.ndarray) -> Iterator[_Run]:
+        """What must be read for elements [low, high); chunks that were never written are filled in here."""
+        run: _Run | None = None
         shard, number = None, -1
         for chunk in range(low // self.chunk, -(-high // self.chunk)):
             which, within = divmod(chunk, self._chunks_per_shard)
             if shard is None or which != number:
                 shard, number = self._open(which), which
-            first = chunk * self.chunk
+            offset, first = shard.offset[within], chunk * self.chunk
             start, stop = max(low, first), min(high, first + self.chunk)
-            target = out[start - low : stop - low]
-            if shard.offset[within] == _ABSENT:
-                target[:] = self.fill_value
-            elif direct and stop - start == self.chunk:
-                self._decode(shard, number, within, target.view(np.uint8))
+            if offset == _ABSENT:
+                out[start - low : stop - low] = self.fill_value
+            elif (
+                run is not None
+                and run.shard is shard
+                and run.last == within
+                and run.offset + run.n_bytes == offset
+                and run.n_bytes + shard.size[within] <= RANGE_BYTES
+            ):
+                run.last, run.high = within + 1, stop
+                run.out = out[run.low - low : stop - low]
+                continue
+            if run is not None:
+                yield run
+            run = None
+            if offset != _ABSENT:
+                target = out[start - low : stop - low]
+                run = _Run(self, shard, number, within, within + 1, start, stop, target)
+        if run is not None:
+            yield run
+
+    def _decode_run(self, run: _Run) -> None:
+        """Checks and decodes the chunks of a run that was read, one by one, into its place."""
+        direct = run.out.dtype == self.dtype and run.out.flags.c_contiguous
+        for within in range(run.first, run.last):
+            first = (run.number * self._chunks_per_shard + within) * self.chunk
+            start, stop = max(run.low, first), min(run.high, first + self.chunk)
+            target = run.out[start - run.low : stop - run.low]
+            at = run.shard.offset[within] - run.offset
+            stored = run.stored[at : at + run.shard.size[within]]
+            if direct and stop - start == self.chunk:
+                self._decode(run.shard, run.number, within, stored, target.view(np.uint8))
             else:
                 whole = _buffer("chunk", self.chunk * self.dtype.itemsize)
-                self._decode(shard, number, within, whole)
+                self._decode(run.shard, run.number, within, stored, whole)
                 target[:] = whole.view(self.dtype)[start - first : stop - first]
 
     def _open(self, number: int) -> _Shard:
-        path, where = f"{self.path}/c/{number}", f"{self.name}, shard {number}"
-        return self._shards.get(path, where, self._chunks_per_shard, self._index_checksum)
+        name, path = f"{self._prefix}c/{number}", f"{self.path}/c/{number}"
+        where = f"{self.name}, shard {number}"
 
-    def _decode(self, shard: _Shard, number: int, within: int, out: np.ndarray) -> None:
-        """One chunk of a shard, whole, into ``out`` (uint8)."""
+        def make() -> _Shard:
+            try:
+                file = self._store.open(name, self._objects.get(name))
+                return _Shard(file, path, where, self._chunks_per_shard, self._index_checksum)
+            except FileNotFoundError:
+                raise CorruptDataError(missing(where, path)) from None
 
+        return self._shards.get(path, make)
+
+    def _decode(self, shard: _Shard, number: int, within: int, stored: np.ndarray, out: np.ndarray) -> None:
+        """One chunk of a shard, whole, into ``out`` (uint8); what came damaged is read a second time."""
+        try:
+            self._decode_once(number, within, stored, out)
+        except CorruptDataError:
+            stored = _buffer("again", shard.size[within])
+            shard.file.readinto(shard.offset[within], stored, again=True)
+            self._decode_once(number, within, stored, out)
+
+    def _decode_once(self, number: int, within: int, stored: np.ndarray, out: np.ndarray) -> None:
         def damaged(what: str) -> CorruptDataError:
             return CorruptDataError(
                 f"{self.name}, shard {number}, chunk {within}: {what} ({self.path}/c/{number})"
             )
 
-        stored = _buffer("stored", shard.size[within])
-        if _pread(shard.fd, stored, shard.offset[within]) < stored.size:
-            raise damaged("the file ends before the chunk does")
         if self._checksum:
             stored, checksum = stored[:-4], stored[-4:]
             if google_crc32c.value(stored) != int.from_bytes(checksum.tobytes(), "little"):
@@ -250,6 +304,40 @@ class ShardedArray:
             raise damaged(f"does not decompress: {error}") from None
 
 
+def _read(jobs: Sequence[tuple[ShardedArray, int, int, np.ndarray]]) -> None:
+    """Reads elements [low, high) of arrays, all of one store, into ``out``."""
+    runs = [run for array, low, high, out in jobs for run in array._runs(low, high, out)]
+    store = jobs[0][0]._store if jobs else None
+    at = 0
+    while at < len(runs):
+        # over a network many ranges at a time, on a disk one: what was just read is still in the processor
+        upto, n_bytes = at + 1, runs[at].n_bytes
+        while store.remote and upto < len(runs) and n_bytes + runs[upto].n_bytes <= ARENA_BYTES:  # type: ignore[union-attr]
+            n_bytes += runs[upto].n_bytes
+            upto += 1
+        arena, begin = _buffer("stored", n_bytes), 0
+        for run in runs[at:upto]:
+            run.stored = arena[begin : begin + run.n_bytes]
+            begin += run.n_bytes
+        store.map(_fetch, runs[at:upto])  # type: ignore[union-attr]
+        for run in runs[at:upto]:
+            run.array._decode_run(run)
+        at = upto
+
+
+def _fetch(run: _Run) -> None:
+    try:
+        got = run.shard.file.readinto(run.offset, run.stored)
+    except FileNotFoundError:
+        where = f"{run.array.name}, shard {run.number}"
+        raise CorruptDataError(missing(where, f"{run.array.path}/c/{run.number}")) from None
+    if got < run.stored.size:
+        raise CorruptDataError(
+            f"{run.array.name}, shard {run.number}, chunk {run.last - 1}: the file ends before the chunk "
+            f"does ({run.array.path}/c/{run.number})"
+        )
+
+
 class PartReader:
     """Reads the counts of one part of a corpus.
 
@@ -258,11 +346,23 @@ class PartReader:
     """
 
     def __init__(self, part: Part, shards: ShardCache | None = None):
-        """Readers that share a ``ShardCache`` share its limit on open files."""
+        """Readers that share a ``ShardCache`` share its limit on open files. Nothing is read yet."""
         self.part = part
-        self._shards = shards = shards if shards is not None else ShardCache()
-        self.indices = ShardedArray(part.path / "X/indices", f"part {part.id}, array X/indices", shards)
-        self.data = ShardedArray(part.path / "X/data", f"part {part.id}, array X/data", shards)
+        self._shards = shards if shards is not None else ShardCache()
+
+    @functools.cached_property
+    def indices(self) -> ShardedArray:
+        return self._array("X/indices")
+
+    @functools.cached_property
+    def data(self) -> ShardedArray:
+        return self._array("X/data")
+
+    def _array(self, name: str) -> ShardedArray:
+        part = self.part
+        label = f"part {part.id}, array {name}"
+        path = f"parts/{part.id}.zarr/{name}"
+        return ShardedArray(path, label, self._shards, part.store, part.objects)
 
     def column(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
         """As ``Part.column``, with files that stay open, among those that the ``ShardCache`` bounds."""
@@ -316,8 +416,7 @@ class PartReader:
             jobs += [(self.indices, low, high, indices[to]), (self.data, low, high, data[to])]
             at += high - low
         if pool is None:
-            for array, low, high, out in jobs:
-                array.read(low, high, out)
+            _read(jobs)
             return
         reads = [pool.submit(array.read, low, high, out) for array, low, high, out in jobs]
         errors = [read.exception() for read in reads]  # waits for all: none may write after this returns
