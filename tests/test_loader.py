@@ -324,7 +324,7 @@ def test_a_small_vocabulary_makes_narrow_batches(corpus, monkeypatch, group_leng
     halves = [take(Loader(corpus, 32, **options, process_index=i, process_count=2), 5) for i in range(2)]
     for batch, first, second in zip(whole, *halves, strict=False):
         np.testing.assert_array_equal(batch.gene_id, np.concatenate([first.gene_id, second.gene_id]))
-    monkeypatch.setattr("scjax.loader.loader._COUNTED", 0)
+    monkeypatch.setattr("scjax.loader.genes.COUNTED", 0)
     bounded = take(Loader(corpus, 32, vocabulary=few), 3)
     for a, b in zip(bounded, take(Loader(corpus, 32, vocabulary=few, n_buckets=1), 3), strict=True):
         np.testing.assert_array_equal(a.row, b.row)

@@ -4,16 +4,19 @@ from scjax.corpus.build import build_corpus
 from scjax.corpus.corpus import Corpus, Part
 from scjax.corpus.counts import CountsError, validate_counts
 from scjax.corpus.hashes import write_hashes
+from scjax.corpus.mixture import Mixture, open_corpus
 from scjax.corpus.sources import Source, list_sources, open_source
 from scjax.corpus.variable import variable_genes
 
 __all__ = [
     "Corpus",
     "CountsError",
+    "Mixture",
     "Part",
     "Source",
     "build_corpus",
     "list_sources",
+    "open_corpus",
     "open_source",
     "validate_counts",
     "variable_genes",

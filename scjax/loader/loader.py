@@ -143,8 +143,8 @@ class Loader:
         self.corpus, self.batch_size, self.seed, self.split = corpus, int(batch_size), int(seed), split
         self.max_genes, self.epochs, self.prefetch = max_genes, epochs, prefetch
         self.process_index, self.process_count, self.sparse = process_index, process_count, bool(sparse)
-        counts = {"batch_size": batch_size, "max_genes": max_genes, "epochs": epochs}
-        for name, value in counts.items():
+        numbers = {"batch_size": batch_size, "max_genes": max_genes, "epochs": epochs}
+        for name, value in numbers.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         self.parts = tuple(part for part in corpus.split(split) if part.n_cells)
@@ -164,8 +164,8 @@ class Loader:
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
         if lanes % process_count:
-            fits = [n for n in range(process_count, self.batch_size + 1, process_count)]
-            fits = [n for n in fits if self.batch_size % n == 0]
+            fits = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            fits = [n for n in fits if n % process_count == 0]
             raise ValueError(
                 f"process_count={process_count} does not divide lanes={lanes} "
                 f"(batch_size={batch_size}): every process must own as many lanes; "
@@ -292,7 +292,8 @@ class Loader:
         whole, so that a run of neighbouring cells costs about a chunk more than it holds.
         """
         rows, runs, used = self._reads
-        return min(rows + runs * self._chunk_rows, max(rows, runs * self.order.n_rows)) / max(used, 1)
+        chunk = min(self._chunk_rows, self.order.n_rows / len(self.parts))
+        return (rows + runs * chunk) / max(used, 1)
 
     def _warn_of_over_read(self) -> None:
         rows, _, used = self._reads
