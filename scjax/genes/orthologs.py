@@ -175,7 +175,7 @@ def match_with_orthologs(
 
     Returns:
       The match. ``left_out`` counts the columns without a match by the reason; ``duplicates`` has, on
-      request, the target genes of several columns, ``species`` the source's species where its Ensembl ids tell.
+      request, the target genes of several columns, ``species`` the source's species as its Ensembl ids tell.
     """
     names, id_columns, _ = column_names(var)
     found = table.find(var)
@@ -204,9 +204,9 @@ def match_with_orthologs(
             ids[i] = gene
             claims.setdefault(gene, []).append(names[i])
     if not sum_duplicates:
-        for i in np.flatnonzero(ids >= 0):
-            if len(claims[int(ids[i])]) > 1:  # the study has two columns of one name
-                ids[i] = -1
+        for column in np.flatnonzero(ids >= 0):
+            if len(claims[int(ids[column])]) > 1:  # the study has two columns of one name
+                ids[column] = -1
                 left_out["ortholog shared with other genes (many-to-one)"] += 1
         claims = {gene: columns for gene, columns in claims.items() if len(columns) == 1}
     duplicates = {vocabulary.gene_id[gene]: columns for gene, columns in claims.items() if len(columns) > 1}
