@@ -18,7 +18,7 @@ from scjax.corpus.corpus import Corpus
 from scjax.corpus.engine import FOLDERS, Request, carry_out
 from scjax.corpus.format import INNER, PART_CELLS, SHARD, Layout
 from scjax.corpus.locks import WORK
-from scjax.corpus.plan import Options, list_studies
+from scjax.corpus.plan import Options, list_studies, pairs
 from scjax.genes import Vocabulary
 
 UNKNOWN = ("", "nan", "unknown", "unlabelled")
@@ -31,6 +31,7 @@ def build_corpus(
     vocabulary: Vocabulary | None = None,
     layer: str | Mapping[str, str] | None = None,
     labels: Sequence[str] | None = None,
+    columns: Mapping[str, Sequence[str]] | None = None,
     names: Sequence[str] | None = None,
     validation: float = 0.0,
     split_by: str | None = None,
@@ -66,6 +67,8 @@ def build_corpus(
       layer: where the counts are: None or "X", "raw" or the name of a layer; or data set name -> layer.
       labels: obs columns to keep as label columns; default: all categorical and text columns with at most
         4,096 values. Data sets that lack one have the code -1 there.
+      columns: name of an obs column -> other names that studies have for it. Names that differ only in case,
+        "_", "-", "." and spaces are one column in any case.
       names: data set names, unique; default: the file's stem.
       validation: fraction of the cells in the "validation" split, chosen by hash.
       split_by: obs column (or "dataset") whose groups go to one split as a whole: groups in the order of
@@ -109,6 +112,7 @@ def build_corpus(
     labels = (labels,) if isinstance(labels, str) else labels
     options = Options(
         labels=None if labels is None else tuple(labels),
+        columns=pairs(columns),
         unknown=tuple(unknown),
         min_match=min_match,
         duplicates=duplicates,

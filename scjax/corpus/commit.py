@@ -5,6 +5,7 @@ Every step may be done again after it was stopped anywhere, or by two at once.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -19,10 +20,14 @@ import numpy as np
 import scjax
 from scjax.corpus import manifest as manifests
 from scjax.corpus.corpus import Corpus
-from scjax.corpus.plan import Study, write_whole
+from scjax.corpus.plan import Plan, Study, write_whole
 from scjax.corpus.tasks import Job
 
 QUANTILES = (1, 10, 50, 90, 99, 100)  # percent
+
+
+class NothingKeptError(ValueError):
+    """All cells were dropped: there is no corpus to make, and nothing to go on from."""
 
 
 def finished(root: pathlib.Path, key: str) -> str | None:
@@ -63,7 +68,7 @@ def commit(job: Job, record: dict[str, Any]) -> str:
     entries = _datasets(job)
     parts = [entry for entry in found if entry]
     if not parts:
-        raise ValueError(
+        raise NothingKeptError(
             f"none of the cells has {plan.options.min_genes} expressed genes of the vocabulary"
             + (" and is not there already" if plan.options.drop_duplicates else "")
         )
@@ -87,11 +92,20 @@ def commit(job: Job, record: dict[str, Any]) -> str:
     (root / "manifests").mkdir(exist_ok=True)
     os.sync()  # the parts are on the disk before anything says so
     manifests.write_durably(root / "manifests" / f"{manifest_id}.json", content)
-    record = {"parent": manifest["parent"], **record, "parts": [part["id"] for part in parts]}
-    manifests.write_sources(root, manifest_id, record)
+    manifests.write_sources(root, manifest_id, record | _recipe(plan, [part["id"] for part in parts]))
     _still_parent(job)
     manifests.commit(root, manifest_id)
     return manifest_id
+
+
+def _recipe(plan: Plan, parts: list[str]) -> dict[str, Any]:
+    """What, with the sources, makes the same parts again, also when the parent's manifest is gone."""
+    return {
+        "options": dataclasses.asdict(plan.options),
+        "layout": dataclasses.asdict(plan.layout),
+        "base": dataclasses.asdict(plan.base) if plan.base else None,
+        "parts": parts,
+    }
 
 
 def _still_parent(job: Job) -> None:
@@ -185,6 +199,7 @@ def _manifest(
         "options": old.get("options")
         or {
             "labels": options.labels,
+            "columns": {name: list(others) for name, others in options.columns},
             "unknown": list(options.unknown),
             "min_match": options.min_match,
             "duplicates": options.duplicates,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from scjax.corpus import locks
-from scjax.corpus.commit import commit, finished, record_of
+from scjax.corpus.commit import NothingKeptError, commit, finished, record_of
 from scjax.corpus.executors import beside, here, n_workers, on_dask
 from scjax.corpus.format import Layout
 from scjax.corpus.plan import Base, Options, Study, make_plan, plan_key
@@ -111,7 +111,7 @@ def carry_out(request: Request) -> str | None:
                 done = finished(request.root, key) if isinstance(error, FileNotFoundError) else None
                 if done is not None:
                     return done
-            elif not _kept(folder):
+            elif isinstance(error, NothingKeptError) or not _kept(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
             told = _with_word(error, folder)

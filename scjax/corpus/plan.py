@@ -46,6 +46,7 @@ class Options:
     """What a build keeps of its sources; see ``build_corpus``."""
 
     labels: tuple[str, ...] | None
+    columns: tuple[tuple[str, tuple[str, ...]], ...]
     unknown: tuple[str, ...]
     min_match: float
     duplicates: str
@@ -174,8 +175,10 @@ def make_plan(
     """
     if vocabulary is None:
         vocabulary = Vocabulary.from_anndata(study.open().var for study in studies)
-    schema = _schema(options, base)
-    facts, sizes, groups, runs, n_stored = [], [], [], [], 0
+    schema = ObsSchema(options.labels, options.unknown, dict(options.columns))
+    if base is not None:
+        schema.extend(base.columns)
+    facts, heads, sizes, groups, runs, n_stored = [], [], [], [], [], 0
     for number, study in enumerate(studies):
         source = study.open()
         match = vocabulary.match(source.var)
@@ -184,14 +187,16 @@ def make_plan(
         if not options.allow_non_integer:
             source.check_head()
         if options.split_by is not None:
-            groups.append(_groups(source, options.split_by))
+            groups.append(_groups(source, schema, options.split_by))
+        heads.append(source.obs.iloc[:0])
         runs += [(number, first, last) for first, last in source.runs(RUN_ELEMENTS)]
         facts.append(Facts(match.ids, None, _entry(source, match, vocabulary)))
         sizes.append(source.shape[0])
         n_stored += source.n_stored
-    if base is not None:
-        _take_over(schema, base)
     schema.finish()
+    for fact, head in zip(facts, heads, strict=True):
+        if renamed := schema.renamed(head):
+            fact.entry["obs_renamed"] = renamed
     split_groups: dict[str, list[str]] = {}
     held = None
     if options.split_by is not None:
@@ -234,28 +239,6 @@ def make_plan(
     return plan
 
 
-def _schema(options: Options, base: Base | None) -> ObsSchema:
-    """An append makes a label of whatever is one in the corpus, text or not."""
-    schema = ObsSchema(options.labels, options.unknown)
-    if base is not None:
-        schema._forced |= set(base.columns)
-    return schema
-
-
-def _take_over(schema: ObsSchema, base: Base) -> None:
-    """Labels of the corpus that no new source has are -1 in the new parts, and no error."""
-    if schema._labels is not None:
-        lost = {name for name in base.columns if name not in schema._columns}
-        schema._labels = [name for name in schema._labels if name not in lost]
-    for name in schema._columns:
-        same = [old for old in base.columns if old != name and old.casefold() == name.casefold()]
-        if same:
-            raise ValueError(
-                f"obs column {name!r} and the corpus's label {same[0]!r} differ in case only; "
-                "rename the column in the sources"
-            )
-
-
 def _entry(source: Source, match: GeneMatch, vocabulary: Vocabulary) -> dict[str, Any]:
     return {
         "name": source.name,
@@ -289,10 +272,11 @@ def _check_match(source: Source, match: GeneMatch, vocabulary: Vocabulary, optio
         )
 
 
-def _groups(source: Source, column: str) -> tuple[np.ndarray, list[str]]:
+def _groups(source: Source, schema: ObsSchema, column: str) -> tuple[np.ndarray, list[str]]:
     """(code of each cell, what the codes mean): the group of each cell as text, "" where missing."""
-    if column in source.obs:
-        codes, texts = categorise(source.obs[column])
+    own = schema.find(source.obs, column)
+    if own is not None:
+        codes, texts = categorise(source.obs[own])
         codes = np.where(codes < 0, len(texts), codes)
         return codes.astype(np.min_scalar_type(len(texts))), [*texts, ""]
     if column == "dataset":
@@ -334,6 +318,12 @@ def _split_groups(
             f"that some hold {options.validation:.0%} of the cells and others remain"
         )
     return {"train": sorted(set(order) - set(chosen)), "validation": sorted(chosen)}
+
+
+def pairs(columns: Mapping[str, Sequence[str]] | None) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """``columns=`` as ``Options`` holds it."""
+    several = {name: [v] if isinstance(v, str) else v for name, v in (columns or {}).items()}
+    return tuple((name, tuple(others)) for name, others in several.items())
 
 
 def plan_key(
