@@ -97,6 +97,8 @@ def write_fragment(
     key = plan.places.keys(number, first, last)
     held = plan.places.held(number, first, last, facts.held)
     part = plan.places.parts(key, held)
+    if plan.only is not None:
+        kept = kept[np.isin(part[kept], plan.only)]
     order = kept[np.lexsort((key[kept], part[kept]))]
 
     cells = {name: values[order] for name, values in cells.items()}

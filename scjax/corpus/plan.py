@@ -118,6 +118,7 @@ class Plan:
       runs: (number of the study, first row, last row) of every map task.
       groups: split -> groups of ``split_by``, where that was asked for.
       n_stored: stored values of all sources together.
+      only: the parts that are wanted, where a corpus is repaired; None means all.
     """
 
     studies: tuple[Study, ...]
@@ -131,6 +132,7 @@ class Plan:
     groups: dict[str, list[str]]
     n_stored: int
     base: Base | None = None
+    only: tuple[int, ...] | None = None
 
     @property
     def n_cells(self) -> int:
