@@ -28,6 +28,12 @@ def hash_object(path: pathlib.Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": sha.hexdigest(), "crc32c": f"{crc:08x}"}
 
 
+def hash_bytes(content: bytes) -> dict[str, Any]:
+    """As ``hash_object``, of an object that is in memory."""
+    crc, sha = google_crc32c.value(content), hashlib.sha256(content)
+    return {"bytes": len(content), "sha256": sha.hexdigest(), "crc32c": f"{crc:08x}"}
+
+
 def hash_tree(root: pathlib.Path, *folders: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Path relative to ``root`` (with "/") -> checksums, for every file under ``folders``, sorted."""
     files = sorted(p.relative_to(root).as_posix() for f in folders for p in f.rglob("*") if p.is_file())
