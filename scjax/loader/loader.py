@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from scjax.genes import Vocabulary
 
 STATE_FORMAT = "scjax-loader-2"
-MAX_OVER_READ = 4.0  # cells read for each one used, beyond which weights are warned about
+MAX_OVER_READ = 4.0  # times as much as without weights: more is warned about
 _SLICES, _SLICE = 64, 4096  # so many slices of so many cells stand for all when bucket lengths are chosen
 _WINDOWS = 64  # that stand for all when the over-read is found
 
@@ -273,8 +273,12 @@ class Loader:
     # ---- what is read
 
     @functools.cached_property
-    def _reads(self) -> tuple[int, int, int]:
-        """(rows read, runs of rows, rows handed out) of some windows from all over the first epoch."""
+    def over_read(self) -> float:
+        """Cells decoded for each one that is handed out, found from some windows of the first epoch.
+
+        Chunks are decoded as a whole, so that a run of neighbouring cells costs about a chunk more than it
+        holds. It is below 1 where cells are drawn several times: their copies share what is read.
+        """
         order, rows, runs, used = self.order, 0, 0, 0
         lanes = np.unique(np.linspace(0, order.lanes - 1, min(order.lanes, _WINDOWS)).astype(int))
         for i, lane in enumerate(lanes.tolist()):
@@ -282,33 +286,24 @@ class Loader:
             read, picks = order.runs(0, lane, window), order.picks(0, lane, window)
             rows, runs = rows + sum(n for _, n in read), runs + len(read)
             used += sum(n for _, n in read) if picks is None else len(picks)
-        return rows, runs, used
+        return (rows + runs * self._chunk) / max(used, 1)
 
-    @functools.cached_property
-    def over_read(self) -> float:
-        """Cells decoded for each one that is handed out, found from some windows of the first epoch.
-
-        1 is the least where every cell comes once; draws of the same cell share one. Chunks are decoded as a
-        whole, so that a run of neighbouring cells costs about a chunk more than it holds.
-        """
-        rows, runs, used = self._reads
-        chunk = min(self._chunk_rows, self.order.n_rows / len(self.parts))
-        return (rows + runs * chunk) / max(used, 1)
+    @property
+    def _chunk(self) -> float:
+        """Cells that are decoded together."""
+        return min(self._chunk_rows, self.order.n_rows / len(self.parts))
 
     def _warn_of_over_read(self) -> None:
-        rows, _, used = self._reads
-        if rows <= MAX_OVER_READ * used:
+        order = self.order
+        whole = min(order.block, order.n_rows / order.lanes)  # what a run is where every cell comes once
+        if self.over_read <= MAX_OVER_READ * (1 + self._chunk / whole):
             return
-        by_block = self.order.weights is not None and self.order.weights.level == "block"
+        advice = "a larger epoch_cells, or a corpus of the wanted cells alone, costs less"
+        if order.weights is not None and order.weights.level == "row":
+            advice = f'weight_level="block" draws whole blocks; {advice}'
         warnings.warn(
-            f"{self.corpus.path}: {rows / max(used, 1):.1f} cells are read for each one that these weights "
-            "draw; "
-            + (
-                ""
-                if by_block
-                else 'weight_level="block" draws whole blocks, a larger epoch_cells more of each; '
-            )
-            + "a corpus built with shuffle=False, or of the wanted cells alone, has them side by side",
+            f"{self.corpus.path}: {self.over_read:.1f} cells are decoded for each one that these weights "
+            f"draw; {advice}",
             stacklevel=3,
         )
 
