@@ -7,6 +7,7 @@ import errno
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import h5py
 import numpy as np
@@ -66,7 +67,8 @@ class _Chunks:
     def __init__(self, dataset: h5py.Dataset) -> None:
         self._dataset = dataset
         self._length = dataset.chunks[0]
-        self._inflate = _inflate() if dataset.compression else None
+        self._inflate, self._error = _inflate()
+        self._zipped = dataset.compression is not None
         self._shuffled = dataset.shuffle and dataset.dtype.itemsize > 1
 
     def read(self, low: int, high: int) -> np.ndarray:
@@ -88,9 +90,9 @@ class _Chunks:
             mask, content = self._dataset.id.read_direct_chunk((start,))
             if mask:  # a filter was skipped for this chunk
                 return False
-            if self._inflate is not None:
+            if self._zipped:
                 content = self._inflate(content, bufsize=size)
-        except (OSError, RuntimeError, ValueError, zlib.error):
+        except (OSError, RuntimeError, ValueError, self._error):
             return False
         if len(content) != size:
             return False
@@ -103,10 +105,10 @@ class _Chunks:
         return True
 
 
-def _inflate() -> Callable[..., bytes]:
-    """``zlib.decompress``, or a faster one where it is installed (``pip install isal``)."""
+def _inflate() -> tuple[Callable[..., bytes], Any]:
+    """``zlib.decompress`` and its error, or a faster one where it is installed (``pip install isal``)."""
     try:
         from isal import isal_zlib
     except ImportError:
-        return zlib.decompress
-    return isal_zlib.decompress
+        return zlib.decompress, zlib.error
+    return isal_zlib.decompress, isal_zlib.error

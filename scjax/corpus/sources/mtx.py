@@ -170,7 +170,10 @@ class MtxSource(Source):
     def _sorted(
         self, head: Triples | None, pieces: Iterator[Triples], first: int, last: int
     ) -> Iterator[sparse.csr_matrix]:
-        """Rows of entries that are sorted by cell; the last cell of a piece may go on in the next."""
+        """Rows of entries that are sorted by cell; the last cell of a piece may go on in the next.
+
+        All entries are looked at, also those after ``last``: one out of order would be a count lost.
+        """
         at, done = 0, 0
         carry: Triples | None = None
         for piece in (piece for part in ([] if head is None else [head], pieces) for piece in part):
@@ -186,8 +189,6 @@ class MtxSource(Source):
             stop = int(piece[0][-1])
             yield from self._between(piece, at, stop, first, last)
             at, carry = stop, tuple(part[np.searchsorted(piece[0], stop) :] for part in piece)  # type: ignore[assignment]
-            if at >= last:
-                return
         none = np.zeros(0, np.int32)
         yield from self._between(carry or (none, none, none), at, self.shape[0], first, last)
 

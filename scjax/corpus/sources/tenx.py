@@ -48,16 +48,11 @@ class Features:
         self.account = {
             f"features of type {kind!r}": n for kind, n in Counter(types or ()).items() if kind != GENES
         }
-        if genomes is not None and len(set(genomes) - {""}) > 1:
+        if genomes is not None:
             # Cell Ranger tells the genes of several genomes apart: GRCh38_ENSG..., mm10___ENSMUSG...
-            marks = {genome: re.compile(re.escape(genome) + "_+") for genome in set(genomes) if genome}
-            ids, names = (
-                [
-                    marks[g].sub("", v, count=1) if g and marks[g].match(v) else v
-                    for g, v in zip(genomes, values, strict=True)
-                ]
-                for values in (ids, names)
-            )
+            mark = re.compile("|".join(f"{re.escape(genome)}_+" for genome in sorted(set(genomes)) if genome))
+            if all(mark.match(name) for name in ids):
+                ids, names = ([mark.sub("", v, count=1) for v in values] for values in (ids, names))
         table = {"gene_ids": ids} | ({} if genomes is None else {"genome": genomes})
         self.var = pd.DataFrame(table, index=pd.Index(names, dtype=object)).loc[genes]
         self.column = None
