@@ -216,7 +216,8 @@ class Mixture:
         return {}
 
     def read(self, rows: Any) -> ad.AnnData:
-        """Reads cells by row number, as ``Corpus.read``; obs has a column "corpus".
+        """Reads cells by row number, as ``Corpus.read``; "corpus" is among the columns of obs, and a cell's
+        name begins with that of its corpus.
 
         Raises:
           IndexError: a row outside 0 .. len - 1.
@@ -246,6 +247,7 @@ class Mixture:
                 shape=(len(genes), len(self.vocabulary)),
             )
             piece.obs[COLUMN] = name
+            piece.obs.index = pd.Index([f"{name}/{cell}" for cell in piece.obs_names])
             pieces.append((sparse.csr_matrix(piece.X) @ place, piece.obs))
             at.append(mine)
         order = np.argsort(np.concatenate(at), kind="stable")
