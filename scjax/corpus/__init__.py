@@ -1,5 +1,6 @@
 """The corpus: raw counts of many studies on disk, once, for every model. No JAX here."""
 
+from scjax.corpus.append import append_corpus
 from scjax.corpus.build import build_corpus
 from scjax.corpus.corpus import Corpus, Part
 from scjax.corpus.counts import CountsError, validate_counts
@@ -14,6 +15,7 @@ __all__ = [
     "Mixture",
     "Part",
     "Source",
+    "append_corpus",
     "build_corpus",
     "list_sources",
     "open_corpus",
