@@ -309,11 +309,14 @@ class Order:
             out[lane] = self._handed(epoch, lane, int(window), lengths)[at : at + self.rows_per_lane]
         return out.ravel()
 
-    def lane_rows(self, epoch: int, lane: int, lengths: Lengths | None = None) -> np.ndarray:
-        """What a lane gives to each step of an epoch: int64[steps, r]; ``rows`` for all steps at once."""
-        windows = int(self.windows_at(self.steps_per_epoch - 1)[lane]) + 1
+    def lane_rows(
+        self, epoch: int, lane: int, lengths: Lengths | None = None, steps: int | None = None
+    ) -> np.ndarray:
+        """What a lane gives to the first steps of an epoch: int64[steps, r]; ``rows`` for many at once."""
+        steps = self.steps_per_epoch if steps is None else min(steps, self.steps_per_epoch)
+        windows = int(self.windows_at(steps - 1)[lane]) + 1
         handed = [self._handed(epoch, lane, window, lengths) for window in range(windows)]
-        return np.concatenate(handed).reshape(self.steps_per_epoch, self.rows_per_lane)
+        return np.concatenate(handed)[: steps * self.rows_per_lane].reshape(steps, -1)
 
     def _handed(self, epoch: int, lane: int, window: int, lengths: Lengths | None) -> np.ndarray:
         rows, picks = run_rows(self.runs(epoch, lane, window)), self.picks(epoch, lane, window)
