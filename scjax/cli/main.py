@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scjax import __version__
-from scjax.cli import evaluation, suites
+from scjax.cli import corpus, evaluation, suites
 from scjax.cli.shared import add_reading, err, escape, out, read, refuse_existing, write_whole
 
 
@@ -30,85 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         err.print("interrupted")
         return 130
-
-
-# ------------------------------------------------------------------ corpus
-def corpus_build(args: argparse.Namespace) -> int:
-    from scjax.corpus import build_corpus
-    from scjax.genes import Vocabulary
-
-    corpus = build_corpus(
-        args.sources,
-        args.out,
-        vocabulary=None if args.vocabulary is None else Vocabulary.from_tsv(args.vocabulary),
-        layer=args.layer,
-        labels=args.labels,
-        names=args.names,
-        validation=args.validation,
-        split_by=args.split_by,
-        seed=args.seed,
-        min_genes=args.min_genes,
-        allow_non_integer=args.allow_non_integer,
-        duplicates="sum" if args.sum_duplicates else "error",
-        codec=args.codec,
-    )
-    out.print(corpus.info())
-    return 0
-
-
-def corpus_info(args: argparse.Namespace) -> int:
-    from scjax.corpus import Corpus
-
-    out.print(Corpus.open(args.corpus).info())
-    return 0
-
-
-def corpus_verify(args: argparse.Namespace) -> int:
-    from scjax.corpus import Corpus
-
-    corpus = Corpus.open(args.corpus)
-    problems = corpus.verify(progress=True)
-    for problem in problems:
-        err.print(f"[red]{escape(str(problem))}", soft_wrap=True)
-    out.print(
-        f"{len(corpus):,} cells in {len(corpus.parts)} parts: "
-        + (f"{len(problems)} problems" if problems else "whole and consistent")
-    )
-    return 1 if problems else 0
-
-
-def corpus_statistics(args: argparse.Namespace) -> int:
-    from scjax.corpus import Corpus
-
-    if args.out:
-        refuse_existing(args.out, args.force)
-    corpus = Corpus.open(args.corpus)
-    found = corpus.statistics()
-    if args.out:
-        write_whole(lambda path: found.frame(corpus).to_csv(path, sep="\t"), args.out)
-    out.print(found.table(corpus))
-    return 0
-
-
-def corpus_genes(args: argparse.Namespace) -> int:
-    from scjax.corpus import Corpus, variable_genes
-
-    refuse_existing(args.out, args.force)
-    genes = variable_genes(Corpus.open(args.corpus), args.top)
-    write_whole(genes.to_tsv, args.out)
-    out.print(f"{len(genes):,} variable genes in {args.out}; for a run: --config.data.genes={args.out}")
-    return 0
-
-
-def corpus_hashes(args: argparse.Namespace) -> int:
-    from scjax.corpus import Corpus, write_hashes
-
-    refuse_existing(args.out, args.force)
-    corpus = Corpus.open(args.corpus)
-    counted: list[int] = []
-    write_whole(lambda path: counted.append(write_hashes(corpus, path)), args.out)
-    out.print(f"hashes of {counted[0]:,} training cells in {args.out}")
-    return 0
 
 
 # ------------------------------------------------------- embeddings and scores
@@ -185,63 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    room = commands.add_parser("corpus", help="build, describe and check corpora of raw counts")
-    corpus = room.add_subparsers(metavar="COMMAND", required=True)
-    build = corpus.add_parser("build", help="h5ad files to a corpus")
-    build.set_defaults(run=corpus_build)
-    build.add_argument("sources", nargs="+", metavar="SOURCE.h5ad")
-    build.add_argument("--out", required=True, metavar="DIR")
-    build.add_argument(
-        "--names", nargs="+", metavar="NAME", help="data set names, one a source (default: file stems)"
-    )
-    build.add_argument(
-        "--layer", metavar="NAME", help='where the counts are: "X", "raw" or a layer (default: found)'
-    )
-    build.add_argument(
-        "--labels", nargs="+", metavar="COLUMN", help="obs columns kept as labels (default: categories)"
-    )
-    build.add_argument(
-        "--vocabulary", metavar="FILE.tsv", help="genes to keep (default: all of the sources')"
-    )
-    build.add_argument(
-        "--validation", type=float, default=0.0, metavar="FRACTION", help="cells held out (default: 0)"
-    )
-    build.add_argument(
-        "--split-by", metavar="COLUMN", help="hold out whole groups of this column (donor, ...)"
-    )
-    build.add_argument(
-        "--min-genes", type=int, default=1, metavar="N", help="drop cells with fewer genes (default: 1)"
-    )
-    build.add_argument("--allow-non-integer", action="store_true", help="take fractional values as they are")
-    build.add_argument("--sum-duplicates", action="store_true", help="add up columns that name one gene")
-    build.add_argument("--codec", default="fast", choices=("fast", "balanced", "small", "local"))
-    build.add_argument("--seed", type=int, default=0, help="of the order of cells on disk (default: 0)")
-    for name, run, text in (
-        ("info", corpus_info, "what a corpus holds"),
-        ("verify", corpus_verify, "check every byte"),
-    ):
-        command = corpus.add_parser(name, help=text)
-        command.set_defaults(run=run)
-        command.add_argument("corpus", metavar="DIR")
-
-    command = corpus.add_parser("statistics", help="mean, detection and median of every gene")
-    command.set_defaults(run=corpus_statistics)
-    command.add_argument("corpus", metavar="DIR")
-    command.add_argument("--out", metavar="FILE.tsv", help="write all genes there")
-    command.add_argument("--force", action="store_true", help="replace what is there")
-
-    genes = corpus.add_parser("genes", help="the most variable genes, as the vocabulary of a small model")
-    genes.set_defaults(run=corpus_genes)
-    genes.add_argument("corpus", metavar="DIR")
-    genes.add_argument("--top", type=int, default=2000, metavar="N", help="how many (default: 2000)")
-    genes.add_argument("--out", required=True, metavar="FILE.tsv")
-    genes.add_argument("--force", action="store_true", help="replace what is there")
-
-    hashes = corpus.add_parser("hashes", help="a hash of each training cell, to find them in benchmarks")
-    hashes.set_defaults(run=corpus_hashes)
-    hashes.add_argument("corpus", metavar="DIR")
-    hashes.add_argument("--out", required=True, metavar="FILE.npz")
-    hashes.add_argument("--force", action="store_true", help="replace what is there")
+    corpus.add_commands(commands)
 
     command = commands.add_parser("embed", help="add a model's cell embedding to an h5ad file")
     command.set_defaults(run=embed)
