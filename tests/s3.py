@@ -65,6 +65,13 @@ class Proxy(http.server.ThreadingHTTPServer):
     def handle_error(self, request, client_address) -> None:
         """A client that hung up is no event."""
 
+    def spoil(self, kind: str, where: str = "", times: int = 10**9, seconds: float = 30.0) -> None:
+        """Adds a fault; with ``heal`` all end."""
+        self.faults.append(Fault(kind, where, times, seconds))
+
+    def heal(self) -> None:
+        self.faults.clear()
+
     def fault(self, path: str) -> Fault | None:
         with self.lock:
             for fault in self.faults:
@@ -247,7 +254,7 @@ class FileServer(http.server.ThreadingHTTPServer):
     def __init__(self, folder: pathlib.Path) -> None:
         super().__init__(("127.0.0.1", 0), _FileHandler)
         self.folder = folder
-        self.requests: list[str] = []
+        self.requests: list[tuple[str, str]] = []  # path, Range header
 
     @property
     def url(self) -> str:
@@ -265,7 +272,7 @@ class _FileHandler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self.server.requests.append(self.path)
+        self.server.requests.append((self.path, self.headers.get("Range", "")))
         path = self.server.folder / urllib.request.unquote(self.path).lstrip("/")
         if not path.is_file():
             self.send_response(404)
@@ -290,3 +297,18 @@ class _FileHandler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     do_HEAD = do_GET
+
+
+@pytest.fixture
+def file_server(tmp_path, monkeypatch):
+    """Serves folders: ``file_server(folder) -> FileServer``; the cache's default folder is the test's own."""
+    pytest.importorskip("obstore")
+    monkeypatch.setenv("SCJAX_CACHE", str(tmp_path / "default-cache"))
+    with contextlib.ExitStack() as stack:
+
+        def serve(folder: pathlib.Path) -> FileServer:
+            server = FileServer(pathlib.Path(folder))
+            stack.enter_context(serving(server))
+            return server
+
+        yield serve

@@ -48,7 +48,8 @@ class CachedStore:
         Over it by what is written between two looks (1/8 of it, at most 64 MiB) and by what is being read;
         shards go first, those that were not opened for longest before others.
         """
-        self.origin, self.folder, self.limit = origin, folder, limit
+        self.origin, self.limit = origin, limit
+        self.folder = self.kept = folder
         self._turn = threading.Condition()
         self._under_way: dict[str, list[tuple[int, int]]] = {}  # ranges that threads fetch now
         self._written, self._lock = 0, threading.Lock()
@@ -245,27 +246,31 @@ class _ShardCopy:
             end = os.fstat(fd).st_size
             if end > self._end:
                 records = os.pread(fd, end - self._end, self._end)
-                whole = len(records) // _RECORD.itemsize * _RECORD.itemsize
-                for record in np.frombuffer(records[:whole], _RECORD):
+                if len(records) % _RECORD.itemsize:
+                    return None
+                for record in np.frombuffer(records, _RECORD):
                     if record["check"] != google_crc32c.value(record.tobytes()[:16]):
                         return None
                     self._ranges.add(int(record["offset"]), int(record["offset"] + record["length"]))
-                self._end += whole
+                self._end = end
             return self._ranges.missing(offset, offset + length)
 
     def _fill(self, offset: int, out: np.ndarray, again: bool) -> None:
         """Fetches what is not there, or all of it again, and keeps it."""
-        with contextlib.ExitStack() as stack:
-            fd, missing = self._open(), None
+        everything = [(offset, offset + out.size)]
+        fd, missing = self._open(), everything
+        try:
             if fd is not None:
-                stack.callback(os.close, fd)
-                missing = self._missing(fd, offset, out.size)
-                if missing is None:  # the copy is of no use; those who read it have it open
+                listed = self._missing(fd, offset, out.size)
+                if listed is None:  # the copy is of no use; those who read it have it open
+                    os.close(fd)
+                    fd = None
                     with contextlib.suppress(OSError):
                         os.unlink(self._path)
-            if missing is None or again:
-                missing = [(offset, offset + out.size)]
-            if fd is not None and missing != [(offset, offset + out.size)]:
+                    fd = self._open()
+                elif not again:
+                    missing = listed
+            if fd is not None and missing != everything:
                 pread(fd, offset, out)
             for low, high in missing:
                 piece = out[low - offset : high - offset]
@@ -273,6 +278,9 @@ class _ShardCopy:
                 with self._store.filling(piece.size) as on:
                     if on and fd is not None:
                         self._write(fd, low, piece)
+        finally:
+            if fd is not None:
+                os.close(fd)
 
     def _write(self, fd: int, offset: int, piece: np.ndarray) -> None:
         done = 0
@@ -346,7 +354,7 @@ def shrink(folder: pathlib.Path, limit: int) -> None:
             with contextlib.suppress(FileNotFoundError):
                 state = path.lstat()
                 if stat.S_ISREG(state.st_mode) and path.name != "lock":
-                    used = min(state.st_blocks * 512, state.st_size)
+                    used = state.st_blocks * 512
                     abandoned = path.name.startswith(".") and time.time() - state.st_mtime > 86400
                     copies.append((not abandoned, not _is_shard(str(path)), state.st_mtime_ns, path, used))
                     held += used

@@ -48,7 +48,7 @@ class RemoteStore:
     ``AWS_REGION``, ``GOOGLE_APPLICATION_CREDENTIALS``, ...).
     """
 
-    remote = True
+    remote, kept = True, None
 
     def __init__(self, url: str, patience: Patience | None = None) -> None:
         """Raises ImportError without obstore, ValueError if the URL or the settings make no store."""

@@ -89,13 +89,15 @@ class GeneStatistics:
 
 def statistics(corpus: Corpus, *, progress: bool = True) -> GeneStatistics:
     """See ``Corpus.statistics``."""
-    path = corpus.path / "statistics" / f"{corpus.manifest_id}.npz"
-    known = _read_cache(path, corpus.manifest["vocabulary"]["n_genes"])
+    name = f"statistics/{corpus.manifest_id}.npz"
+    kept = corpus.store.kept
+    known = None if kept is None else _read_cache(kept / name, corpus.manifest["vocabulary"]["n_genes"])
     if known is None:
         known = _compute(corpus, progress)
-        # a corpus on a medium that cannot be written to is counted anew each time
-        with contextlib.suppress(OSError):
-            _write_cache(path, known)
+        if kept is not None:
+            # a corpus on a medium that cannot be written to is counted anew each time
+            with contextlib.suppress(OSError):
+                _write_cache(kept / name, known)
     return known
 
 
@@ -226,7 +228,7 @@ def _write_cache(path: pathlib.Path, found: GeneStatistics) -> None:
     """Whole or not at all, whoever else writes it at the same time."""
     content = io.BytesIO()
     np.savez_compressed(content, version=np.array(VERSION), **dataclasses.asdict(found))
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content.getvalue())

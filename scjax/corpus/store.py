@@ -60,6 +60,11 @@ class Store(Protocol):
         """Whether a read waits for a network, so that many at a time are worth it."""
         ...
 
+    @property
+    def kept(self) -> pathlib.Path | None:
+        """The folder where what was found out about the corpus may be left, if there is one."""
+        ...
+
     def read(self, name: str, expected: Expected = None, again: bool = False) -> bytes:
         """The whole of a small object. Raises FileNotFoundError where there is none."""
         ...
@@ -117,7 +122,7 @@ class LocalStore:
     remote = False
 
     def __init__(self, root: pathlib.Path) -> None:
-        self.root = root
+        self.root = self.kept = root
         self.held: Any = None
 
     def read(self, name: str, expected: Expected = None, again: bool = False) -> bytes:
