@@ -81,25 +81,28 @@ def shuffled(
     end = int(lane_starts[-1])
     turn = int(bits[-1] % np.uint64(end))  # where in the corpus lane 0 begins
     edges = np.concatenate([[0], np.cumsum(sizes)])
-    starts = np.unique(np.concatenate([edges[:-1][sizes > 0], (turn + lane_starts[:-1]) % end]))
+    starts = np.sort(np.concatenate([edges[:-1][sizes > 0], (turn + lane_starts[:-1]) % end]))
+    starts = starts[np.flatnonzero(np.diff(starts, prepend=-1))]
     n = np.diff(np.append(starts, end))
     block = np.searchsorted(edges, starts, side="right") - 1
     offset = starts - edges[block]
     place = (starts - turn) % end
-    order = np.argsort(place, kind="stable")
+    order = np.roll(np.arange(len(starts)), -int(np.searchsorted(starts, turn)))
     place, n, block, offset = place[order], n[order], block[order], offset[order]
 
     lane = np.searchsorted(lane_starts, place, side="right") - 1
     short = np.zeros(len(n), bool) if whole is None else n != whole
+    # one sort each, of keys that hold all there is to sort by: there are a million and more blocks
     group = 2 * lane + short
-    by_group = np.argsort(group, kind="stable")
     members = np.bincount(group, minlength=2 * len(lane_starts))
-    rank = _rank(group, by_group)
     mean = end / len(n) if whole is None else whole
     strata = np.clip(members, 1, max(1, round(window / mean)))
-    stratum = rank * strata[group] // np.maximum(members[group], 1)
-    within = np.lexsort((bits[: len(n)], stratum, group))
-    order = np.lexsort((stratum, _rank(group * (strata.max() + 1) + stratum, within), group))
+    stratum = _rank(group, np.argsort(group, kind="stable")) * strata[group] // members[group]
+    group = group * int(strata.max()) + stratum
+    spare = 63 - int(group.max()).bit_length()
+    random = (group.astype(np.uint64) << np.uint64(spare)) | (bits[: len(n)] >> np.uint64(64 - spare))
+    turns = _rank(group, np.argsort(random, kind="stable"))
+    order = np.argsort(((2 * lane + short) * (int(turns.max()) + 1) + turns) * int(strata.max()) + stratum)
     lane, n, block, offset, short = (x[order] for x in (lane, n, block, offset, short))
 
     # the first block of a lane is cut, where it is a whole one, and its rest comes last
