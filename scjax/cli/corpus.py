@@ -135,10 +135,14 @@ def account(entries: Sequence[dict[str, Any]]) -> rich.table.Table:
     table.add_column("data set", footer="all", overflow="fold")
     for heading, values in numbers.items():
         table.add_column(heading, footer=total(values), justify="right")
-    if any(entry.get("left_out") for entry in entries):
+    left = [
+        [f"{n:,} {what}" for what, n in entry.get("left_out", {}).items()]
+        + [f"{n:,} genes: {why}" for why, n in entry.get("orthologs", {}).get("genes_left_out", {}).items()]
+        for entry in entries
+    ]
+    if any(left):
         table.add_column("left out besides", overflow="fold")
-    for i, entry in enumerate(entries[:ROWS]):
-        besides = [f"{n:,} {what}" for what, n in (entry.get("left_out") or {}).items()]
+    for i, (entry, besides) in enumerate(zip(entries[:ROWS], left, strict=False)):
         cells = [f"{values[i]:,}" for values in numbers.values()]
         table.add_row(escape(entry["name"]), *cells, *([escape("; ".join(besides))] if besides else []))
     if len(entries) > ROWS:

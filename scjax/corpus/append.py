@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +11,8 @@ from scjax.corpus.commit import finished
 from scjax.corpus.corpus import Corpus
 from scjax.corpus.engine import Request, carry_out
 from scjax.corpus.format import Layout
-from scjax.corpus.locks import WORK
 from scjax.corpus.manifest import read_manifest
-from scjax.corpus.plan import Base, Options, list_studies, pairs
+from scjax.corpus.plan import Base, Options, list_studies, named_tables, pairs
 
 
 def append_corpus(
@@ -23,6 +22,7 @@ def append_corpus(
     layer: str | Mapping[str, str] | None = None,
     labels: Sequence[str] | None = None,
     columns: Mapping[str, Sequence[str]] | None = None,
+    orthologs: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
     names: Sequence[str] | None = None,
     validation: float | None = None,
     seed: int | None = None,
@@ -53,6 +53,7 @@ def append_corpus(
       labels, columns, validation, seed, min_genes, min_counts, drop_duplicates, shuffle, min_match,
         allow_non_integer, duplicates, unknown: as in ``build_corpus``; None: as the corpus was built.
         Duplicates are looked for among the old cells, too.
+      orthologs: as in ``build_corpus``, of the new studies; a table of the build is not used again.
       workers, task, dask, progress: as in ``build_corpus``.
 
     Returns:
@@ -69,7 +70,7 @@ def append_corpus(
     arguments = {
         name: value
         for name, value in given.items()
-        if name not in ("path", "sources", "workers", "task", "dask", "progress")
+        if name not in ("path", "sources", "orthologs", "workers", "task", "dask", "progress")
     }
     root = pathlib.Path(path)
     studies = list_studies(sources, names, layer)
@@ -96,7 +97,7 @@ def append_corpus(
     if content["parent"] is not None and (root / "manifests" / f"{content['parent']}.json").is_file():
         before = request(*read_manifest(root, content["parent"]))
         if before.is_done():  # by another share, or by this call when it was killed right after its commit
-            shutil.rmtree(root / WORK / before.key, ignore_errors=True)
+            before.tidy()
             return Corpus.open(root, finished(root, before.key))
     wanted = request(head, content)
     known = [study.name for study in studies if study.name in content["columns"]["dataset"]]
@@ -117,6 +118,7 @@ def _options(base: Mapping[str, Any], given: Mapping[str, Any]) -> Options:
     held = {**base["options"], "seed": base["seed"], "shuffle": base["shuffled"]}
     held |= {name: given[name] for name in held if name in given}
     held["columns"] = pairs(held["columns"])
+    held["orthologs"] = named_tables(given.get("orthologs"))
     for name in ("labels", "unknown"):
         values = held[name]
         held[name] = values if values is None else (values,) if isinstance(values, str) else tuple(values)

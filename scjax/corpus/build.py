@@ -18,7 +18,7 @@ from scjax.corpus.corpus import Corpus
 from scjax.corpus.engine import FOLDERS, Request, carry_out
 from scjax.corpus.format import INNER, PART_CELLS, SHARD, Layout
 from scjax.corpus.locks import WORK
-from scjax.corpus.plan import Options, list_studies, pairs
+from scjax.corpus.plan import Options, list_studies, named_tables, pairs
 from scjax.genes import Vocabulary
 
 UNKNOWN = ("", "nan", "unknown", "unlabelled")
@@ -32,6 +32,7 @@ def build_corpus(
     layer: str | Mapping[str, str] | None = None,
     labels: Sequence[str] | None = None,
     columns: Mapping[str, Sequence[str]] | None = None,
+    orthologs: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
     names: Sequence[str] | None = None,
     validation: float = 0.0,
     split_by: str | None = None,
@@ -69,6 +70,10 @@ def build_corpus(
         4,096 values. Data sets that lack one have the code -1 there.
       columns: name of an obs column -> other names that studies have for it. Names that differ only in case,
         "_", "-", "." and spaces are one column in any case.
+      orthologs: table of source and target genes for the studies of another species (those of which it has
+        more genes as source than as target), or data set name -> table; see ``Orthologs`` and
+        ``match_with_orthologs``. One-to-many pairs are left out and counted, many-to-one, too, or summed
+        with duplicates="sum". Without a table, the genes of every species stand side by side.
       names: data set names, unique; default: the file's stem.
       validation: fraction of the cells in the "validation" split, chosen by hash.
       split_by: obs column (or "dataset") whose groups go to one split as a whole: groups in the order of
@@ -106,13 +111,14 @@ def build_corpus(
     arguments = {
         name: value
         for name, value in locals().items()
-        if name not in ("sources", "out", "vocabulary", "workers", "task", "dask", "progress")
+        if name not in ("sources", "out", "vocabulary", "orthologs", "workers", "task", "dask", "progress")
     }
     layout = Layout(codec, part_cells, inner, shard)
     labels = (labels,) if isinstance(labels, str) else labels
     options = Options(
         labels=None if labels is None else tuple(labels),
         columns=pairs(columns),
+        orthologs=named_tables(orthologs),
         unknown=tuple(unknown),
         min_match=min_match,
         duplicates=duplicates,

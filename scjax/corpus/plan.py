@@ -20,7 +20,14 @@ from scjax.corpus.manifest import FORMAT, VERSION
 from scjax.corpus.obs import ObsSchema, categorise
 from scjax.corpus.places import Places, find_places
 from scjax.corpus.sources import Source, list_sources, open_source
-from scjax.genes import GeneMatch, Vocabulary
+from scjax.genes import (
+    GeneMatch,
+    Orthologs,
+    Vocabulary,
+    assign_orthologs,
+    match_with_orthologs,
+    union_with_orthologs,
+)
 
 RUN_ELEMENTS = 2**25  # stored values that one map task reads
 
@@ -58,6 +65,7 @@ class Options:
     split_by: str | None
     seed: int
     shuffle: bool
+    orthologs: tuple[tuple[str, str, str], ...] = ()  # data set ("" for all), path of the table, its sha256
 
     def __post_init__(self) -> None:
         if self.duplicates not in ("error", "sum"):
@@ -175,7 +183,10 @@ def make_plan(
 
     Leaves the plan in ``folder``: ``plan.pkl`` and, per study, its ``Facts``.
     """
-    if vocabulary is None:
+    tables = _tables(studies, vocabulary, options)
+    if vocabulary is None and tables:
+        vocabulary = union_with_orthologs({study.name: study.open().var for study in studies}, tables)
+    elif vocabulary is None:
         vocabulary = Vocabulary.from_anndata(study.open().var for study in studies)
     schema = ObsSchema(options.labels, options.unknown, dict(options.columns))
     if base is not None:
@@ -183,7 +194,8 @@ def make_plan(
     facts, heads, sizes, groups, runs, n_stored = [], [], [], [], [], 0
     for number, study in enumerate(studies):
         source = study.open()
-        match = vocabulary.match(source.var)
+        table = tables.get(study.name)
+        match = _match(source, vocabulary, table, options)
         _check_match(source, match, vocabulary, options)
         schema.add(source.obs, source.where)
         if not options.allow_non_integer:
@@ -192,7 +204,7 @@ def make_plan(
             groups.append(_groups(source, schema, options.split_by))
         heads.append(source.obs.iloc[:0])
         runs += [(number, first, last) for first, last in source.runs(RUN_ELEMENTS)]
-        facts.append(Facts(match.ids, None, _entry(source, match, vocabulary)))
+        facts.append(Facts(match.ids, None, _entry(source, match, vocabulary, table)))
         sizes.append(source.shape[0])
         n_stored += source.n_stored
     schema.finish()
@@ -241,8 +253,30 @@ def make_plan(
     return plan
 
 
-def _entry(source: Source, match: GeneMatch, vocabulary: Vocabulary) -> dict[str, Any]:
-    return {
+def _tables(
+    studies: Sequence[Study], vocabulary: Vocabulary | None, options: Options
+) -> dict[str, Orthologs]:
+    """Data set -> the orthologs that map it; not those that are matched by name."""
+    if not options.orthologs:
+        return {}
+    for _, path, sha256 in options.orthologs:
+        if hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() != sha256:
+            raise ValueError(f"{path}: the table of orthologs has changed since the build began")
+    given: Any = {name: path for name, path, _ in options.orthologs}
+    given = given.get("", given)
+    return assign_orthologs(given, {study.name: study.open().var for study in studies}, vocabulary)
+
+
+def _match(source: Source, vocabulary: Vocabulary, table: Orthologs | None, options: Options) -> GeneMatch:
+    if table is None:
+        return vocabulary.match(source.var)
+    return match_with_orthologs(vocabulary, source.var, table, sum_duplicates=options.duplicates == "sum")
+
+
+def _entry(
+    source: Source, match: GeneMatch, vocabulary: Vocabulary, table: Orthologs | None
+) -> dict[str, Any]:
+    entry: dict[str, Any] = {
         "name": source.name,
         "file": source.file,
         "layer": source.layer,
@@ -254,6 +288,16 @@ def _entry(source: Source, match: GeneMatch, vocabulary: Vocabulary) -> dict[str
         "genes_unmatched": match.unmatched[:20],  # examples
         "left_out": source.account,
     }
+    if table is not None:
+        file = pathlib.Path(table.path)
+        entry["orthologs"] = {
+            "file": file.name,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            "genes_left_out": match.left_out,
+            "onto": entry["species"],
+        }
+        entry["species"] = list(match.species)  # the study's own, as far as its ids tell
+    return entry
 
 
 def _check_match(source: Source, match: GeneMatch, vocabulary: Vocabulary, options: Options) -> None:
@@ -326,6 +370,20 @@ def pairs(columns: Mapping[str, Sequence[str]] | None) -> tuple[tuple[str, tuple
     """``columns=`` as ``Options`` holds it."""
     several = {name: [v] if isinstance(v, str) else v for name, v in (columns or {}).items()}
     return tuple((name, tuple(others)) for name, others in several.items())
+
+
+def named_tables(
+    orthologs: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None,
+) -> tuple[tuple[str, str, str], ...]:
+    """``orthologs=`` as ``Options`` holds it. FileNotFoundError for a table that is not there."""
+    given = orthologs if isinstance(orthologs, Mapping) else {} if orthologs is None else {"": orthologs}
+    named = []
+    for name, table in given.items():
+        path = pathlib.Path(os.path.abspath(table))
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; orthologs= is a table of source and target genes")
+        named.append((name, str(path), hashlib.sha256(path.read_bytes()).hexdigest()))
+    return tuple(named)
 
 
 def plan_key(
