@@ -71,8 +71,13 @@ class Request:
         """
         if not (self.root / "HEAD").exists():
             return False
-        unaware = self.task is not None or (self.root / locks.WORK / self.key).is_dir()
+        unaware = self.task is not None or (self.root / locks.WORK).is_dir()
         return unaware and finished(self.root, self.key) is not None
+
+    def tidy(self) -> None:
+        """Takes away what is left of the work when it is done, unless somebody is at it."""
+        with contextlib.suppress(FileExistsError), locks.writing(self.root) as work:
+            shutil.rmtree(work / self.key, ignore_errors=True)
 
 
 def carry_out(request: Request) -> str | None:
@@ -84,7 +89,7 @@ def carry_out(request: Request) -> str | None:
     """
     key = request.key
     if request.is_done():
-        shutil.rmtree(request.root / locks.WORK / key, ignore_errors=True)
+        request.tidy()
         return finished(request.root, key)
     together = request.task is not None
     with _holding(request.root, together) as hold:
