@@ -79,7 +79,7 @@ def repair_corpus(path: str | os.PathLike[str], sources: Any = None, progress: b
         left = sorted({*broken, *(name for names in parts.values() for name in names)} - {*repaired})
         if left or state.unreadable:
             raise ValueError(_hopeless(root, left, state))
-    return sorted(repaired)
+    return sorted({*repaired})  # data sets that measured the same genes share an object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +145,8 @@ def _hopeless(root: pathlib.Path, left: list[str], state: _State) -> str:
         )
     if state.unreadable:
         what.append(
-            f"damaged manifests cannot be made again: {', '.join(state.unreadable)}; gc with drop_old removes "
-            "them, unless one is the present state"
+            f"damaged manifests cannot be made again: {', '.join(state.unreadable)}; gc with drop_old "
+            "removes those of earlier states"
         )
     return f"{root}: {'; '.join(what)}"
 
