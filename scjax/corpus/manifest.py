@@ -15,6 +15,7 @@ from scjax.corpus.store import LocalStore, Store
 
 FORMAT = "scjax-corpus"
 VERSION = "2.0"
+_ID = re.compile("[0-9a-f]{12}")
 
 
 def hash_object(path: pathlib.Path) -> dict[str, Any]:
@@ -114,7 +115,9 @@ def read_manifest(root: pathlib.Path | Store, manifest_id: str | None = None) ->
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise FileNotFoundError(f"{store.where('')}: {_state(folder)}") from None
         manifest_id = head.decode(errors="replace").strip()
-        if not re.fullmatch("[0-9a-f]{12}", manifest_id):
+        if not _ID.fullmatch(manifest_id):  # perhaps it came damaged
+            manifest_id = store.read("HEAD", None, True).decode(errors="replace").strip()
+        if not _ID.fullmatch(manifest_id):
             raise ValueError(f"{store.where('HEAD')}: damaged: {manifest_id[:40]!r} names no manifest")
     name = f"manifests/{manifest_id}.json"
     path = store.where(name)
