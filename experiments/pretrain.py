@@ -18,7 +18,6 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from scjax.config import from_config
-from scjax.corpus import Corpus
 from scjax.genes import Vocabulary
 from scjax.loader import Loader
 from scjax.models import build
@@ -41,7 +40,9 @@ from scjax.train import (
     make_eval_step,
     make_optimizer,
     make_train_step,
+    manifests_of,
     masked_gap,
+    open_data,
     open_run,
     read_metrics,
 )
@@ -58,7 +59,7 @@ def pretrain(config: RunConfig, workdir: str) -> None:
     process_index, process_count = process_shard(mesh)  # which rows of each batch are read here
 
     # ---------------------------------------------------------------------------------- data
-    corpus = Corpus.open(config.data.corpus)
+    corpus = open_data(config.data, workdir)  # a run that resumes reads what it began with
     vocabulary = Vocabulary.from_tsv(config.data.genes) if config.data.genes else corpus.vocabulary
     processes = {"process_index": process_index, "process_count": process_count}
     loader = Loader(corpus, vocabulary=vocabulary, seed=config.seed, **config.data.loader(), **processes)
@@ -80,8 +81,8 @@ def pretrain(config: RunConfig, workdir: str) -> None:
     # --------------------------------------------------------------------------------- model
     model = build(config.system, config.model, len(vocabulary), config.seed)
     tables = gene_tables(config.system, config.model, config.tables, model, vocabulary, corpus)
-    origin = {"corpus": corpus.manifest_id, "seed": config.seed, "tables": tables.sources}
-    about = describe(config.system, config.model, vocabulary, **origin)
+    origin = {"corpus": corpus.manifest_id, "manifests": manifests_of(corpus), "tables": tables.sources}
+    about = describe(config.system, config.model, vocabulary, seed=config.seed, **origin)
     run = open_run(workdir, about, vocabulary)
 
     # --------------------------------------------------------------------- optimiser and state
@@ -111,7 +112,8 @@ def pretrain(config: RunConfig, workdir: str) -> None:
     progress.say(summary(mesh))
     progress.say(
         f"corpus {corpus.manifest_id}: {len(corpus):,} cells, {len(vocabulary):,} genes; an epoch is "
-        f"{loader.steps_per_epoch:,} batches of {loader.batch_size}, padded to {loader.bucket_lengths} genes"
+        f"{loader.steps_per_epoch:,} batches of {loader.batch_size}, padded to {loader.bucket_lengths} genes, "
+        f"{loader.over_read:.2f} cells decoded for each"
     )
     for note in tables.notes:
         progress.say(f"table {note}")

@@ -12,7 +12,10 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Corpus": "scjax.corpus",
+    "Mixture": "scjax.corpus",
+    "append_corpus": "scjax.corpus",
     "build_corpus": "scjax.corpus",
+    "open_corpus": "scjax.corpus",
     "Vocabulary": "scjax.genes",
     "CellBatch": "scjax.types",
     "load": "scjax.api",

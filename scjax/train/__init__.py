@@ -9,7 +9,16 @@ from scjax.train.metrics import Meter, MetricsLog, NonFiniteLoss, read_metrics
 from scjax.train.optimizer import OptimizerConfig, decay_mask, make_optimizer, make_schedule
 from scjax.train.probe import BASELINES, Probe, effective_rank, masked_gap, read_labels
 from scjax.train.progress import RunProgress
-from scjax.train.run import Run, describe, identity, open_run, read_model, read_run
+from scjax.train.run import (
+    Run,
+    describe,
+    identity,
+    manifests_of,
+    open_data,
+    open_run,
+    read_model,
+    read_run,
+)
 from scjax.train.state import State, abstract_state, count_parameters, init_state, shardings_of
 from scjax.train.step import make_eval_step, make_train_step
 from scjax.train.tables import GeneTables, gene_tables
@@ -45,7 +54,9 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "make_train_step",
+    "manifests_of",
     "masked_gap",
+    "open_data",
     "open_run",
     "read_labels",
     "read_metrics",

@@ -15,26 +15,34 @@ from scjax.train.optimizer import OptimizerConfig
 class DataConfig:
     """What is read: a corpus, and how :class:`scjax.loader.Loader` goes through it (see there).
 
+    ``corpus`` is a folder or URL, ``PATH@MANIFEST`` for an earlier state of it, or several of these, which
+    are then mixed: as they come, or in the proportions that ``shares`` gives to the names of their folders.
     ``genes`` is a vocabulary table (``scjax corpus genes`` writes one): the genes that the model knows;
     None or "" for all of the corpus. ``labels`` are the label columns that batches carry; None for all
-    that the corpus has.
+    that the corpus has. ``cache`` is where what is read from a URL is kept.
     """
 
-    corpus: str
+    corpus: str | tuple[str, ...]
     batch_size: int
+    shares: dict[str, float] | None = None
     genes: str | None = None
+    cache: str | None = None
     window: int = 1024
     block: int | None = None
     lanes: int | None = None
     group_lengths: bool = False
     n_buckets: int = 3
     max_genes: int | None = None
+    weights: dict[str, Any] | None = None
+    weight_level: str = "auto"
+    epoch_cells: int | None = None
     labels: tuple[str, ...] | None = ("dataset",)
     prefetch: int = 2
 
     def loader(self) -> dict[str, Any]:
         """The arguments of the loader but for corpus, vocabulary, seed and process."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("corpus", "genes")}
+        of_the_corpus = ("corpus", "shares", "genes", "cache")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in of_the_corpus}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from scjax.config import ConfigError
-from scjax.corpus import Corpus
+from scjax.corpus import Corpus, Mixture
 from scjax.loader import Loader
 from scjax.nn.module import Abstract, bind
 from scjax.parallel import batch_sharding, place, replicated
@@ -58,7 +58,12 @@ class Probe:
     """
 
     def __init__(
-        self, model: Abstract, abstract: State, corpus: Corpus, loader: Loader, config: ValidationConfig
+        self,
+        model: Abstract,
+        abstract: State,
+        corpus: Corpus | Mixture,
+        loader: Loader,
+        config: ValidationConfig,
     ):
         """Args:
         model, abstract: as for :func:`scjax.train.make_eval_step`.

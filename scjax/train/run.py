@@ -14,18 +14,20 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 import scjax
-from scjax.config import from_config
+from scjax.config import ConfigError, from_config
+from scjax.corpus import Corpus, Mixture, open_corpus
 from scjax.genes import Vocabulary
 from scjax.models import build, resolve
 from scjax.nn.module import shapes_of
 from scjax.parallel import barrier
 from scjax.train.checkpoint import changes, refuse_changes, restore_variables
+from scjax.train.config import DataConfig
 
 FORMAT = "scjax-run"
 VERSION = 1
@@ -38,6 +40,7 @@ def describe(
     *,
     corpus: str | None,
     seed: int,
+    manifests: Sequence[str] | None = None,
     tables: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of ``model.json``.
@@ -46,8 +49,9 @@ def describe(
       system: name of the system, see :func:`scjax.models.resolve`.
       config: fields of its config class; written out with the defaults filled in.
       vocabulary: genes of the model.
-      corpus: id of the corpus manifest that it is trained on.
+      corpus: ``manifest_id`` of the corpus, or of the mixture, that it is trained on.
       seed: of the run.
+      manifests: those of the corpora, one each (:func:`manifests_of`); resuming opens them again.
       tables: ``GeneTables.sources``, where the model takes values of genes from outside.
     """
     resolved: Any = from_config(resolve(system)[1], config, where="config.model")
@@ -59,6 +63,7 @@ def describe(
         "model": json.loads(json.dumps(dataclasses.asdict(resolved))),
         "seed": seed,
         "corpus": corpus,
+        **({"manifests": list(manifests)} if manifests else {}),
         "vocabulary": {"hash": vocabulary.hash, "n_genes": len(vocabulary)},
         **({"tables": dict(tables)} if tables else {}),
     }
@@ -70,6 +75,41 @@ def identity(model: Mapping[str, Any]) -> dict[str, Any]:
     same = {name: model[name] for name in ("system", "model", "seed", "corpus", "vocabulary")}
     tables = {name: f"sha256 {about['sha256'][:16]}" for name, about in model.get("tables", {}).items()}
     return {**same, "tables": tables} if tables else same
+
+
+def open_data(config: DataConfig, workdir: str | pathlib.Path) -> Corpus | Mixture:
+    """The corpus of a run in the state in which the run began, whatever was appended to it since.
+
+    A run that is new takes the present state. ``PATH@MANIFEST`` in the config is taken as it says.
+
+    Raises:
+      ConfigError: shares for a single corpus, or other corpora than the run began with.
+      FileNotFoundError, ValueError, OSError: see :func:`scjax.corpus.open_corpus`.
+    """
+    single = isinstance(config.corpus, str)
+    if single and config.shares is not None:
+        raise ConfigError("data.shares is for several corpora, and data.corpus names one")
+    paths = [config.corpus] if isinstance(config.corpus, str) else list(config.corpus)
+    began: list[str] = []
+    if (pathlib.Path(workdir) / "model.json").exists():
+        began = read_run(workdir).model.get("manifests", [])
+        if began and len(began) != len(paths):
+            raise ConfigError(f"the run in {workdir} began with {len(began)} corpora, not {len(paths)}")
+    for i, manifest in enumerate(began):
+        if "@" not in paths[i].rpartition("/")[2]:
+            paths[i] = f"{paths[i]}@{manifest}"
+    try:
+        return open_corpus(paths[0] if single else paths, config.shares, cache=config.cache)
+    except FileNotFoundError as error:
+        if not began:
+            raise
+        raise ConfigError(f"the run in {workdir} began with corpus {', '.join(began)}: {error}") from error
+
+
+def manifests_of(corpus: Corpus | Mixture) -> list[str]:
+    """The manifest of a corpus, or those of the members of a mixture, in order."""
+    members = corpus.members.values() if isinstance(corpus, Mixture) else [corpus]
+    return [member.manifest_id for member in members]
 
 
 @dataclasses.dataclass(frozen=True)

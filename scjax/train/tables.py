@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from scjax.config import ConfigError, from_config, nearest
-from scjax.corpus import Corpus
+from scjax.corpus import Corpus, Mixture
 from scjax.genes import MatchedValues, Vocabulary, match_values, read_medians, read_vectors
 from scjax.models import resolve
 from scjax.nn import Abstract, shapes_of
@@ -58,7 +58,7 @@ def gene_tables(
     sources: Mapping[str, str | None],
     model: Abstract,
     vocabulary: Vocabulary,
-    corpus: Corpus,
+    corpus: Corpus | Mixture,
 ) -> GeneTables:
     """Reads the tables that a model needs.
 
@@ -124,7 +124,7 @@ def gene_tables(
     )
 
 
-def _corpus_medians(corpus: Corpus, vocabulary: Vocabulary) -> MatchedValues:
+def _corpus_medians(corpus: Corpus | Mixture, vocabulary: Vocabulary) -> MatchedValues:
     """The corpus's own medians, for the genes that the model shares with it."""
     median, there = corpus.statistics().median, corpus.vocabulary
     if there.hash != vocabulary.hash:
