@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
-from numcodecs import Blosc
 
+from scjax.corpus import blosc
 from scjax.corpus.format import BLOCK
 from scjax.corpus.store import (
     CorruptDataError,
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 RANGE_BYTES = 2**22  # of neighbouring chunks that are read as one
 ARENA_BYTES = 2**26  # of ranges that are under way at a time from a remote store
 _ABSENT = 2**64 - 1  # offset and size of a chunk that was never written: all fill value
-_BLOSC_HEADER = 16
 
 _scratch = threading.local()
 
@@ -189,7 +188,7 @@ class ShardedArray:
         self._chunks_per_shard = self.shard // self.chunk
         self._index_checksum = "crc32c" in index
         self._checksum = "crc32c" in inner
-        self._blosc = Blosc() if "blosc" in inner else None
+        self._blosc = "blosc" in inner
 
     def __len__(self) -> int:
         return self.n
@@ -247,12 +246,12 @@ class ShardedArray:
             target = run.out[start - run.low : stop - run.low]
             at = run.shard.offset[within] - run.offset
             stored = run.stored[at : at + run.shard.size[within]]
-            if direct and stop - start == self.chunk:
-                self._decode(run.shard, run.number, within, stored, target.view(np.uint8))
-            else:
-                whole = _buffer("chunk", self.chunk * self.dtype.itemsize)
-                self._decode(run.shard, run.number, within, stored, whole)
-                target[:] = whole.view(self.dtype)[start - first : stop - first]
+            into = target
+            if not direct:
+                into = _buffer("chunk", target.size * self.dtype.itemsize).view(self.dtype)
+            self._decode(run.shard, run.number, within, stored, start - first, into)
+            if not direct:
+                target[:] = into
 
     def _open(self, number: int) -> _Shard:
         name, path = f"{self._prefix}c/{number}", f"{self.path}/c/{number}"
@@ -267,16 +266,18 @@ class ShardedArray:
 
         return self._shards.get(path, make)
 
-    def _decode(self, shard: _Shard, number: int, within: int, stored: np.ndarray, out: np.ndarray) -> None:
-        """One chunk of a shard, whole, into ``out`` (uint8); what came damaged is read a second time."""
+    def _decode(
+        self, shard: _Shard, number: int, within: int, stored: np.ndarray, first: int, out: np.ndarray
+    ) -> None:
+        """Elements of one chunk of a shard, from ``first`` on; what came damaged is read a second time."""
         try:
-            self._decode_once(number, within, stored, out)
+            self._decode_once(number, within, stored, first, out)
         except CorruptDataError:
             stored = _buffer("again", shard.size[within])
             shard.file.readinto(shard.offset[within], stored, again=True)
-            self._decode_once(number, within, stored, out)
+            self._decode_once(number, within, stored, first, out)
 
-    def _decode_once(self, number: int, within: int, stored: np.ndarray, out: np.ndarray) -> None:
+    def _decode_once(self, number: int, within: int, stored: np.ndarray, first: int, out: np.ndarray) -> None:
         def damaged(what: str) -> CorruptDataError:
             return CorruptDataError(
                 f"{self.name}, shard {number}, chunk {within}: {what} ({self.path}/c/{number})"
@@ -286,20 +287,19 @@ class ShardedArray:
             stored, checksum = stored[:-4], stored[-4:]
             if google_crc32c.value(stored) != int.from_bytes(checksum.tobytes(), "little"):
                 raise damaged("its checksum does not match, the stored bytes have changed")
-        if self._blosc is None:
-            if stored.size != out.size:
-                raise damaged(f"holds {stored.size} bytes where {out.size} are due")
-            out[:] = stored
+        due = self.chunk * self.dtype.itemsize
+        if not self._blosc:
+            if stored.size != due:
+                raise damaged(f"holds {stored.size} bytes where {due} are due")
+            low = first * self.dtype.itemsize
+            out.view(np.uint8)[:] = stored[low : low + out.nbytes]
             return
         # blosc trusts its header, and without a checksum nobody else has looked at it
-        header = stored[:_BLOSC_HEADER].tobytes()
-        sizes = int.from_bytes(header[4:8], "little"), int.from_bytes(header[12:16], "little")
-        if sizes != (out.size, stored.size):
-            raise damaged(
-                f"its header promises {sizes[0]} bytes from {sizes[1]}, not {out.size} from {stored.size}"
-            )
+        _, decoded, n_bytes = blosc.sizes(stored)
+        if (decoded, n_bytes) != (due, stored.size):
+            raise damaged(f"its header promises {decoded} bytes from {n_bytes}, not {due} from {stored.size}")
         try:
-            self._blosc.decode(stored, out=out)
+            blosc.decode(stored, first, out)
         except RuntimeError as error:
             raise damaged(f"does not decompress: {error}") from None
 
