@@ -109,6 +109,7 @@ def read_manifest(root: pathlib.Path | Store, manifest_id: str | None = None) ->
     """
     store: Store = LocalStore(root) if isinstance(root, pathlib.Path) else root
     folder = store.root if isinstance(store, LocalStore) else None
+    asked = manifest_id
     if manifest_id is None:
         try:
             head = store.read("HEAD")
@@ -126,7 +127,8 @@ def read_manifest(root: pathlib.Path | Store, manifest_id: str | None = None) ->
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         there = [] if folder is None else sorted(p.stem for p in folder.glob("manifests/*.json"))
         known = "" if folder is None else f"; there are: {', '.join(there) or 'none'}"
-        raise FileNotFoundError(f"{store.where('')}: no manifest {manifest_id!r}{known}") from None
+        by = f" (no {name}, which {store.where('HEAD')} names)" if asked is None else ""
+        raise FileNotFoundError(f"{store.where('')}: no manifest {manifest_id!r}{known}{by}") from None
     if digest(content) != manifest_id:  # perhaps only a copy is damaged
         content = store.read(name, None, True)
     if digest(content) != manifest_id:
