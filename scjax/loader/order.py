@@ -32,6 +32,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -187,31 +188,32 @@ class Order:
     def _blocks(self) -> tuple[np.ndarray, np.ndarray]:
         return blocks_of(self.parts, self.block)
 
+    @functools.cached_property
+    def _sequences(self) -> tuple[threading.Lock, dict[int, Layout]]:
+        return threading.Lock(), {}
+
     def _sequence(self, epoch: int) -> Layout:
-        kept = self._sequences.get(epoch)
-        if kept is not None:
-            return kept
+        lock, kept = self._sequences
+        with lock:  # threads that read windows of a new epoch wait for the first of them to make it
+            if epoch not in kept:
+                kept[epoch] = self._make_sequence(epoch)
+                for old in list(kept)[:-2]:  # an epoch and the next, whose windows are read ahead
+                    del kept[old]
+            return kept[epoch]
+
+    def _make_sequence(self, epoch: int) -> Layout:
         sizes, whole = self._blocks[1], self.block if self.weights is None else None
         if self.weights is not None:
             sizes = self.weights.block_draws(epoch)
         if not self.shuffle:
-            kept = stored(sizes)
-        else:
-            window = self.steps_per_window * self.rows_per_lane
-            heads = np.zeros(self.lanes, np.int64)
-            if whole is not None and window % whole == 0:
-                heads += [self.window_steps(lane, 0)[1] * self.rows_per_lane for lane in range(self.lanes)]
-                heads %= whole
-            bits = random_bits("blocks", self.salt, self.seed, epoch, n=len(sizes) + self.lanes + 1)
-            kept = shuffled(sizes, self._lane_starts, bits, window=window, whole=whole, heads=heads)
-        self._sequences[epoch] = kept
-        for old in list(self._sequences)[:-2]:  # an epoch and the next, whose windows are read ahead
-            self._sequences.pop(old, None)
-        return kept
-
-    @functools.cached_property
-    def _sequences(self) -> dict[int, Layout]:
-        return {}
+            return stored(sizes)
+        window = self.steps_per_window * self.rows_per_lane
+        heads = np.zeros(self.lanes, np.int64)
+        if whole is not None and window % whole == 0:
+            heads += [self.window_steps(lane, 0)[1] * self.rows_per_lane for lane in range(self.lanes)]
+            heads %= whole
+        bits = random_bits("blocks", self.salt, self.seed, epoch, n=len(sizes) + self.lanes + 1)
+        return shuffled(sizes, self._lane_starts, bits, window=window, whole=whole, heads=heads)
 
     def _pieces(self, epoch: int, lane: int, window: int) -> list[tuple[int, int, int]]:
         """(block, first, number) of the rows, or draws, of a window."""
