@@ -1,4 +1,8 @@
-"""An S3 server on loopback behind a proxy that spoils answers on demand, and a plain file server."""
+"""An S3 server on loopback behind a proxy that spoils answers on demand, and a plain file server.
+
+Fixtures, for a test module with ``pytest_plugins = ["s3"]`` (which must not import this one at its top):
+``s3_corpus(folder) -> URL`` puts a corpus there, and ``s3_corpus.proxy`` is the proxy.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +31,8 @@ class Fault:
 
     Attributes:
       kind: "slow" (answers after ``seconds``), "503", "429", "403", "reset" (hangs up at once), "close"
-        (hangs up after half of the body), "short" (sends half, and says so), "flip" (one bit of the body
-        differs).
+        (hangs up after half of the body), "stall" (sends half, the rest after ``seconds``), "short" (sends
+        half, and says so), "flip" (one bit of the body differs).
       where: part of the path.
       times: how many answers are spoiled; the others are as they should be.
     """
@@ -144,6 +148,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             length = int(headers.get("Content-Length", headers.get("content-length", 0)))
         self.send_header("Content-Length", str(length))
         self.end_headers()
+        if kind == "stall" and fault:
+            self.wfile.write(sent[: len(sent) // 2])
+            time.sleep(fault.seconds)
+            sent = sent[len(sent) // 2 :]
         self.wfile.write(sent)
         if kind == "close":
             self.close_connection = True

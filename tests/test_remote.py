@@ -15,7 +15,7 @@ from scjax.loader import Loader
 pytest_plugins = ["s3"]
 
 FEW = {"part_cells": 700, "inner": 2**11, "shard": 2**14}  # objects
-QUICK = Patience(timeout=1.0, total=20.0, attempts=4, pause=0.01)
+QUICK = Patience(timeout=0.5, total=20.0, attempts=4, pause=0.01)
 ROWS = [0, 7, 500, 1199]
 
 
@@ -91,10 +91,10 @@ def use(url):
     return far
 
 
-@pytest.mark.parametrize("kind", ["slow", "503", "429", "reset", "close", "short", "flip"])
+@pytest.mark.parametrize("kind", ["slow", "stall", "503", "429", "reset", "close", "short", "flip"])
 def test_a_fault_that_passes_is_not_noticed(url, proxy, local, kind):
     for where in OBJECTS:
-        proxy.spoil(kind, where, times=1, seconds=3.0)
+        proxy.spoil(kind, where, times=1, seconds=1.0)
     if kind == "flip":  # nothing checks HEAD but the name of the manifest that is not there
         proxy.faults[:] = [fault for fault in proxy.faults if fault.where != "HEAD"]
     same(use(url), local, ROWS)
@@ -113,6 +113,7 @@ def test_an_object_that_does_not_come_is_named(url, proxy, where):
     ("kind", "error", "message"),
     [
         ("slow", StoreError, "failed 4 times in .* the last time so: .*timed out"),
+        ("stall", StoreError, "failed 4 times in .* the last time so: .*timed out"),
         ("429", StoreError, "failed 4 times in .* 429 Too Many Requests"),
         ("reset", StoreError, "failed 4 times in"),
         ("close", StoreError, "failed 4 times in"),
@@ -124,7 +125,7 @@ def test_an_object_that_does_not_come_is_named(url, proxy, where):
 def test_a_fault_that_stays_is_an_error_that_names_it(url, proxy, local, kind, error, message):
     part = local.parts[0]
     name = f"parts/{part.id}.zarr/X/data/c/0"
-    proxy.spoil(kind, name, seconds=3.0)
+    proxy.spoil(kind, name, seconds=1.5)
     with pytest.raises(error, match=message) as caught:
         use(url).read([0])
     assert f"{url}/{name}" in str(caught.value)

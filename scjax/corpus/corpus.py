@@ -252,7 +252,7 @@ class Corpus:
         """Label columns of all cells as categoricals; the index is the global row number."""
         table = {}
         for column, categories in self.columns.items():
-            codes = np.concatenate([part.codes(column) for part in self.parts])
+            codes = np.concatenate(self.store.map(lambda part: part.codes(column), self.parts))  # noqa: B023
             table[column] = pd.Categorical.from_codes(codes, categories=categories)
         return pd.DataFrame(table)
 

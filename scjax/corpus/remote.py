@@ -19,6 +19,7 @@ from scjax.corpus.store import CorruptDataError, Expected, R, StoreError, T
 GET_BYTES = 2**23  # of a request, at most: what is cut off or times out is soon there again
 SIDE_BY_SIDE = 16  # requests of one ``map`` that are under way at a time
 _SHORT = 3  # times that a store may answer with fewer bytes than asked for
+_thread = threading.local()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +94,13 @@ class RemoteStore:
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         jobs = list(items)
-        if len(jobs) < 2:
+        if len(jobs) < 2 or getattr(_thread, "fetches", False):  # a pool that waits for itself waits for ever
             return [function(item) for item in jobs]
         with self._lock:
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(SIDE_BY_SIDE, thread_name_prefix="scjax-fetch")
+                self._pool = ThreadPoolExecutor(
+                    SIDE_BY_SIDE, "scjax-fetch", initializer=lambda: setattr(_thread, "fetches", True)
+                )
         futures = [self._pool.submit(function, item) for item in jobs]
         wait(futures)  # for all of them: none may go on writing into memory after this returns
         return [future.result() for future in futures]
