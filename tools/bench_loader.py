@@ -134,10 +134,15 @@ def run_one(args: argparse.Namespace) -> None:
     }
     # what a training process has imported in any case counts as imports
     import numba  # noqa: F401
+    import numpy as np
 
     import scjax.loader.iterator  # noqa: F401  (grain, JAX, and the compiled pass over the counts)
     from scjax.corpus import Corpus  # noqa: F401
     from scjax.loader import Loader  # noqa: F401
+    from scjax.loader.pack import prepare
+
+    if what != "floor":  # numba imports most of itself when it loads compiled code
+        prepare((np.dtype(np.uint16), np.dtype(np.uint16)), sparse=what == "csr")
 
     start = (lambda: floor(args)) if what == "floor" else (lambda: batches(args, corpus, **options[what]))
     result = measure(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import mmap
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +15,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 _ALIGN = 64  # JAX takes numpy memory as it is on the CPU where it begins at such an address
+_LARGE_PAGE = 2**21
 _NO_LUT = np.empty((1, 0), np.int32)
 
 
@@ -233,6 +236,31 @@ class Rows:
         _pack_rows(*self._arguments(), keep, np.uint64(key), indptr, gene_id, count)
 
 
+def prepare(dtypes: tuple[np.dtype, np.dtype], sparse: bool) -> None:
+    """Loads the compiled code for these types; compiles it where nothing did so before. About a second."""
+    none, at = np.empty(0, np.int32), np.empty(0, np.uint64)
+    rows = Rows(at, at, none, np.empty(0, np.uint32), dtypes, None, none)
+    if sparse:
+        rows.join(np.zeros(1, np.int64), none, np.empty(0, np.float32))
+    else:
+        rows.pad(np.empty((0, 1), np.int32), np.empty((0, 1), np.float32), none)
+
+
+def pages(size: int) -> np.ndarray:
+    """uint8[size] of zeros, straight from the system, which gets it back as a whole.
+
+    The heap would keep holes of buffers that were let go and cut the others into small pages: at the rate of
+    a loader, looking up 4 KB pages is a good part of the work.
+    """
+    room = mmap.mmap(-1, size + _LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system that was built without
+            room.madvise(mmap.MADV_HUGEPAGE)
+    first = -np.frombuffer(room, np.uint8).ctypes.data % _LARGE_PAGE
+    # not a view of another array: to views of it this array is the owner, which ``Slabs`` counts on
+    return np.frombuffer(room, np.uint8, size, first)
+
+
 class Slabs:
     """Memory for batches, reused as soon as, and not before, nobody looks at it.
 
@@ -266,7 +294,7 @@ class Slabs:
         for i in free:
             if self._slabs[i].size >= size:
                 return self._slabs[i]
-        slab = np.empty(size, np.uint8)
+        slab = pages(size)
         if free:
             self._slabs[free[0]] = slab
         elif len(self._slabs) < self._limit:

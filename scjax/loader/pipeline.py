@@ -18,7 +18,7 @@ import numpy as np
 
 from scjax.loader.buckets import bucket_of
 from scjax.loader.order import random_bits, run_rows
-from scjax.loader.pack import Rows, Slabs
+from scjax.loader.pack import Rows, Slabs, pages
 from scjax.types import CellBatch, SparseBatch
 
 if TYPE_CHECKING:
@@ -28,12 +28,14 @@ READ_THREADS = 2
 READ_AHEAD = 4  # windows, at least
 
 
-@dataclasses.dataclass
 class Counts:
     """A reused buffer: the genes and counts of one window."""
 
-    indices: np.ndarray
-    data: np.ndarray
+    def __init__(self, size: int, dtypes: tuple[np.dtype, np.dtype]):
+        """Room for ``size`` elements of each."""
+        cut = size * dtypes[0].itemsize
+        memory = pages(cut + size * dtypes[1].itemsize)
+        self.indices, self.data = memory[:cut].view(dtypes[0]), memory[cut:].view(dtypes[1])
 
 
 @dataclasses.dataclass
@@ -75,7 +77,9 @@ class Pipeline:
         )
         self._slabs = Slabs(keep_batches)
 
+        cells, elements = (sum(getattr(part, of) for part in loader.parts) for of in ("n_cells", "nnz"))
         width, here = order.steps_per_window * order.rows_per_lane, len(self._lanes)
+        self._room = int(1.125 * width * elements / cells)  # of almost every window
         self._start = np.zeros(order.lanes, np.int64)
         self._stop = np.full(order.lanes, self._now)
         self._rows = np.empty((order.lanes, width), np.int64)
@@ -186,10 +190,10 @@ class Pipeline:
         try:
             counts = self._spare.pop()
         except IndexError:
-            counts = Counts(np.empty(0, self._dtypes[0]), np.empty(0, self._dtypes[1]))
-        if counts.indices.size < size:
-            room = size + size // 8
-            counts = Counts(np.empty(room, self._dtypes[0]), np.empty(room, self._dtypes[1]))
+            counts = None
+        if counts is None or counts.indices.size < size:
+            size += size // 16
+            counts = Counts(max(size, self._room), self._dtypes)  # memory that is not touched costs nothing
         return counts
 
     def _read_ahead(self) -> None:
