@@ -193,7 +193,7 @@ def on_dask(job: Job, tasks: Sequence[Task], report: Report, address: str) -> No
         for task in tasks:
             report(task, 0)
         try:
-            for future in distributed.as_completed(futures):
+            for future in distributed.as_completed(futures, loop=client.loop):
                 cells = future.result()
                 report(futures[future], cells)
                 report(futures[future], None)

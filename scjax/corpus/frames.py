@@ -53,13 +53,13 @@ def write_frames(
     notes = add_group(add_group(group, "uns", "dict"), "scjax", "dict")
     for name, value in uns.items():
         _write_array(notes, name, np.array(value, object), "string")
-    with (
-        warnings.catch_warnings()
-    ):  # zarr warns that consolidated metadata are not in the v3 specification yet
+    # zarr warns that consolidated metadata are not in the v3 specification yet; the filter is the process's
+    with _warnings_lock, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata")
         zarr.consolidate_metadata(path)
 
 
+_warnings_lock = threading.Lock()
 _blosc_lock = threading.Lock()
 _blosc_users: list[bool | None] = []  # what was set before, once for everybody who is inside
 
