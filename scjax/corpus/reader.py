@@ -258,8 +258,13 @@ class ShardedArray:
         where = f"{self.name}, shard {number}"
 
         def make() -> _Shard:
+            expected = self._objects.get(name)
             try:
-                file = self._store.open(name, self._objects.get(name))
+                file = self._store.open(name, expected)
+                if expected is not None and file.size != expected["bytes"]:  # cut, or another shard's file
+                    raise CorruptDataError(
+                        f"{where}: {path} has {file.size} bytes, the manifest says {expected['bytes']}"
+                    )
                 return _Shard(file, path, where, self._chunks_per_shard, self._index_checksum)
             except FileNotFoundError:
                 raise CorruptDataError(missing(where, path)) from None
