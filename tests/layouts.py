@@ -108,7 +108,7 @@ def same(source, expected=CELLS.X, obs=None, least=1):
     """All counts, and those of ranges of rows, whether read in one go or in pieces; after pickling, too."""
     source = pickle.loads(pickle.dumps(source))
     n = expected.shape[0]
-    for elements in (base.CHUNK_ELEMENTS, 300, least):
+    for elements in (base.CHUNK_ELEMENTS, max(300, least), least):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(base, "CHUNK_ELEMENTS", elements)
             for first, last in (

@@ -178,7 +178,7 @@ def test_an_entry_out_of_order_far_down(tmp_path, monkeypatch):
     (tmp_path / "s" / "matrix.mtx").write_text("\n".join(lines))
     (_, rows), *_ = open_source(tmp_path / "s").counts()  # in one piece it is sorted
     assert (rows != CELLS.X).nnz == 0
-    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 30)
+    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 240)
     with pytest.raises(ValueError, match=r"matrix.mtx: sorted by barcode up to entry \d+, but not after"):
         list(open_source(tmp_path / "s").counts(0, 5))
 

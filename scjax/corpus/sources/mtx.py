@@ -24,6 +24,7 @@ from scjax.corpus.sources.tenx import Features
 
 _MATRIX = re.compile(r"(?P<prefix>.*?)[._-]?(matrix)?\.mtx(\.gz)?$")
 _LINE_BYTES = 12  # about, of an entry as text
+_SHARE = 8  # of CHUNK_ELEMENTS are in a piece: its text and what is made of it are in memory together
 
 Triples = tuple[np.ndarray, np.ndarray, np.ndarray]  # cells, features, values
 
@@ -139,7 +140,7 @@ class MtxSource(Source):
         with self._open() as file:
             first, (n_features, n_cells, n_stored) = self._head(file)
             done = 0
-            while block := file.read(base.CHUNK_ELEMENTS * _LINE_BYTES):
+            while block := file.read(max(base.CHUNK_ELEMENTS // _SHARE, 1) * _LINE_BYTES):
                 block = (block + file.readline()).rstrip()
                 n = block.count(b"\n") + bool(block)
                 head = first.rstrip() + f"\n{n_features} {n_cells} {n}\n".encode()
