@@ -31,11 +31,23 @@ READ_AHEAD = 4  # windows, at least
 class Counts:
     """A reused buffer: the genes and counts of one window."""
 
-    def __init__(self, size: int, dtypes: tuple[np.dtype, np.dtype]):
-        """Room for ``size`` elements of each."""
-        cut = size * dtypes[0].itemsize
-        memory = pages(cut + size * dtypes[1].itemsize)
-        self.indices, self.data = memory[:cut].view(dtypes[0]), memory[cut:].view(dtypes[1])
+    def __init__(self, n_bytes: int):
+        self._memory = pages(n_bytes)
+
+    def take(self, size: int, dtypes: tuple[np.dtype, np.dtype]) -> bool:
+        """Makes ``indices`` and ``data`` arrays of ``size`` elements; False if the buffer is too small."""
+        cut, end = _places(size, dtypes)
+        if end > self._memory.size:
+            return False
+        self.indices = self._memory[: size * dtypes[0].itemsize].view(dtypes[0])
+        self.data = self._memory[cut:end].view(dtypes[1])
+        return True
+
+
+def _places(size: int, dtypes: tuple[np.dtype, np.dtype]) -> tuple[int, int]:
+    """Where the counts begin behind the genes, and where they end: as near as may be, in few pages."""
+    cut = -(-size * dtypes[0].itemsize // 64) * 64
+    return cut, cut + size * dtypes[1].itemsize
 
 
 @dataclasses.dataclass
@@ -79,7 +91,7 @@ class Pipeline:
 
         cells, elements = (sum(getattr(part, of) for part in loader.parts) for of in ("n_cells", "nnz"))
         width, here = order.steps_per_window * order.rows_per_lane, len(self._lanes)
-        self._room = int(1.125 * width * elements / cells)  # of almost every window
+        self._room = int(1.125 * width * elements / cells)  # almost always enough; costs what is touched
         self._start = np.zeros(order.lanes, np.int64)
         self._stop = np.full(order.lanes, self._now)
         self._rows = np.empty((order.lanes, width), np.int64)
@@ -186,14 +198,14 @@ class Pipeline:
         return _join(out, np.int32)
 
     def _buffer(self, size: int) -> Counts:
-        """A spare buffer, grown if it is too small."""
+        """A spare buffer of ``size`` elements, or a new one where it is too small."""
         try:
             counts = self._spare.pop()
-        except IndexError:
+        except IndexError:  # not asked for before: another thread may take the last one
             counts = None
-        if counts is None or counts.indices.size < size:
-            size += size // 16
-            counts = Counts(max(size, self._room), self._dtypes)  # memory that is not touched costs nothing
+        if counts is None or not counts.take(size, self._dtypes):
+            counts = Counts(_places(max(size + size // 16, self._room), self._dtypes)[1])
+            counts.take(size, self._dtypes)
         return counts
 
     def _read_ahead(self) -> None:
