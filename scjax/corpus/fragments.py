@@ -142,6 +142,7 @@ def _read(
     options, n_genes = plan.options, len(plan.vocabulary)
     gene_dtype = index_dtype(n_genes)
     count_dtype = np.dtype(np.float64 if options.allow_non_integer else np.uint32)
+    ordered = bool((np.diff(facts.ids[facts.ids >= 0]) > 0).all())
     dense, seen = np.zeros(n_genes), np.zeros(n_genes // 64 + 1, np.uint64)
     pieces: list[tuple[np.ndarray, np.ndarray]] = []
     columns: list[Cells] = []
@@ -157,16 +158,8 @@ def _read(
             "whole": np.empty(n, bool),
         }
         wrong = relabel(
-            x.indptr,
-            x.indices,
-            x.data,
-            facts.ids,
-            MAX_COUNT + 1.0,
-            genes,
-            counts,
-            *cells.values(),
-            dense,
-            seen,
+            *(x.indptr, x.indices, x.data, facts.ids, ordered, MAX_COUNT + 1.0, options.allow_non_integer),
+            *(genes, counts, *cells.values(), dense, seen),
         )
         if wrong >= 0:
             raise CountsError(

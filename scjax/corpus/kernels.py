@@ -39,13 +39,31 @@ def all_counts(values: np.ndarray, beyond: float, fractions: bool) -> bool:
 
 
 @_compiled
-def relabel(indptr, indices, data, ids, beyond, genes, counts, nnz, total, largest, whole, dense, seen):
+def relabel(
+    indptr,
+    indices,
+    data,
+    ids,
+    ordered,
+    beyond,
+    fractions,
+    genes,
+    counts,
+    nnz,
+    total,
+    largest,
+    whole,
+    dense,
+    seen,
+):
     """Columns of a study -> genes of the vocabulary, rising within each row, one entry a gene.
 
     Args:
       indptr, indices, data: rows of a CSR matrix of counts that were checked.
       ids: int32, the gene of each column, -1 for none.
+      ordered: the ids rise from column to column, those of -1 left out, and so do the columns in a row.
       beyond: sums of columns that are one gene must stay below this.
+      fractions: whether counts may be other than whole numbers.
       genes, counts: filled from the front; as long as ``data``.
       nnz, total, largest, whole: per row: entries written, the sum over all columns, the largest count
         written, whether all of them are whole numbers.
@@ -58,19 +76,37 @@ def relabel(indptr, indices, data, ids, beyond, genes, counts, nnz, total, large
     at = 0
     for row in range(nnz.size):
         low, high = indptr[row], indptr[row + 1]
-        sum_, n, last, rising = 0.0, at, np.int32(-1), True
-        for k in range(low, high):
-            gene = ids[indices[k]]
-            sum_ += data[k]
-            # a slot is written whether or not its gene is wanted, and kept if so: nothing to mispredict
-            genes[n] = gene
-            counts[n] = data[k]
-            wanted = (gene >= 0) & (data[k] > 0)
-            rising &= (gene > last) | ~wanted
-            if wanted:
-                last = gene
-                n += 1
-        if not rising:  # other order, or several columns of one gene: through a table of all genes
+        # four sums, because each addition waits for the one before it
+        a, b, c, d = 0.0, 0.0, 0.0, 0.0
+        k = low
+        while k + 4 <= high:
+            a, b, c, d = a + data[k], b + data[k + 1], c + data[k + 2], d + data[k + 3]
+            k += 4
+        while k < high:
+            a += data[k]
+            k += 1
+        sum_ = (a + b) + (c + d)
+        # As a rule every column is a gene, in the vocabulary's order, and no count is 0: copies that need not
+        # look at one element to know where the next goes.
+        n, last, plain = at + high - low, np.int32(-1), True
+        row_genes, row_counts = genes[at:n], counts[at:n]
+        row_columns, row_data = indices[low:high], data[low:high]
+        for k in range(row_columns.size):
+            gene = ids[np.uint32(row_columns[k])]
+            row_genes[k] = gene
+            plain &= (gene > last) & (row_data[k] > 0)
+            last = gene
+        for k in range(row_data.size):
+            row_counts[k] = row_data[k]
+        if not plain and ordered:
+            n = at
+            for k in range(low, high):
+                # a slot is written whether or not its gene is wanted, and kept if so
+                gene = ids[np.uint32(indices[k])]
+                genes[n] = gene
+                counts[n] = data[k]
+                n += (gene >= 0) & (data[k] > 0)
+        elif not plain:  # through a table of all genes
             n = at
             for k in range(low, high):
                 gene = ids[indices[k]]
@@ -89,11 +125,17 @@ def relabel(indptr, indices, data, ids, beyond, genes, counts, nnz, total, large
                         return row
                     dense[gene] = 0
                     n += 1
-        top, even = 0.0, True
-        for k in range(at, n):
-            top = max(top, np.float64(counts[k]))
-            even &= np.floor(counts[k]) == counts[k]
-        nnz[row], total[row], largest[row], whole[row] = n - at, sum_, top, even
+        even = True
+        largest[row] = 0
+        if n > at:
+            top = counts[at]
+            for k in range(at, n):
+                top = max(top, counts[k])
+            largest[row] = top
+        if fractions:
+            for k in range(at, n):
+                even &= np.floor(counts[k]) == counts[k]
+        nnz[row], total[row], whole[row] = n - at, sum_, even
         at = n
     return -1
 
