@@ -131,8 +131,8 @@ def test_every_flip_is_found_by_verify(whole):
     assert Corpus.open(whole).verify(progress=False) == []
 
 
-def test_every_byte_of_the_index(whole):
-    """Headers included: what is read of a column is what was written, or it is an error."""
+def test_bytes_all_over_the_index(whole):
+    """All of the headers and some of the values: what is read of a column is as it was, or it is an error."""
     part = Corpus.open(whole).parts[0]
     names = part.arrays.names
     assert {"nnz", "total", "codes/dataset", "codes/cell_type"} <= set(names)
@@ -142,7 +142,8 @@ def test_every_byte_of_the_index(whole):
         name = path.relative_to(whole).as_posix()
         column = path.relative_to(part.index).with_suffix("").as_posix()
         some = [column] if column in names else names  # the files that describe the others matter to all
-        for position in range(path.stat().st_size):
+        size = path.stat().st_size
+        for position in [*range(min(size, 128)), *range(128, size, 5), size - 1]:
             with flipped(path, position, 1 << position % 8):
                 part = Corpus.open(whole).parts[0]
                 try:

@@ -225,11 +225,11 @@ def _holding(root: pathlib.Path, together: bool) -> Iterator[_Hold]:
         except FileNotFoundError:  # whoever held it has just removed the folder
             continue
         with lock:
-            if not locks._flock(lock.fileno(), shared=True, wait=False):
+            if not locks.lock(lock.fileno(), shared=True, wait=False):
                 raise FileExistsError(
                     f"{root}: a build, append, repair or gc that does not share its work is writing there now"
                 )
-            if not locks._is_there(lock.fileno(), work / "lock"):
+            if not locks.is_there(lock.fileno(), work / "lock"):
                 continue
 
             alone = functools.partial(_alone, lock.fileno())
@@ -237,15 +237,15 @@ def _holding(root: pathlib.Path, together: bool) -> Iterator[_Hold]:
                 yield _Hold(work, alone)
             finally:
                 if alone():
-                    locks._tidy(work)
+                    locks.tidy(work)
             return
 
 
 def _alone(fd: int) -> bool:
     """Takes a shared lock alone if nobody else holds it."""
-    if locks._flock(fd, shared=False, wait=False):
+    if locks.lock(fd, shared=False, wait=False):
         return True
-    locks._flock(fd, shared=True, wait=True)
+    locks.lock(fd, shared=True, wait=True)
     return False
 
 
@@ -253,7 +253,7 @@ def _alone(fd: int) -> bool:
 def _only_one(path: pathlib.Path) -> Iterator[None]:
     """Waits until nobody else is inside. Where the file system has no locks all go on: results are whole."""
     with open(path, "a+b") as file:
-        locks._flock(file.fileno(), shared=False, wait=True)
+        locks.lock(file.fileno(), shared=False, wait=True)
         yield
 
 

@@ -28,7 +28,7 @@ WORK = ".build"  # in the corpus's folder while something is written there, or a
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 
 
-def _flock(fd: int, *, shared: bool, wait: bool) -> bool:
+def lock(fd: int, *, shared: bool, wait: bool) -> bool:
     """Takes the lock; False where another holds it and ``wait`` is False. Without locks: as if taken."""
     if fcntl is None:
         return True
@@ -42,7 +42,7 @@ def _flock(fd: int, *, shared: bool, wait: bool) -> bool:
     return True
 
 
-def _is_there(fd: int, path: pathlib.Path) -> bool:
+def is_there(fd: int, path: pathlib.Path) -> bool:
     """Whether ``path`` is still the file that was opened: not removed, not replaced."""
     try:
         found, opened = os.stat(path), os.fstat(fd)
@@ -65,8 +65,8 @@ class ReaderLock:
         # Closing, never unlocking: an unlock in a forked child would free the lock of its parent too.
         self._close = weakref.finalize(self, os.close, fd)
         self._close.atexit = False
-        _flock(fd, shared=True, wait=True)
-        if not _is_there(fd, path):
+        lock(fd, shared=True, wait=True)
+        if not is_there(fd, path):
             self._close()
             raise FileNotFoundError(errno.ENOENT, "the manifest was removed", str(path))
 
@@ -127,22 +127,22 @@ def writing(root: pathlib.Path) -> Iterator[pathlib.Path]:
         except FileNotFoundError:  # whoever held it has just removed the folder
             continue
         try:
-            if not _flock(fd, shared=False, wait=False):
+            if not lock(fd, shared=False, wait=False):
                 raise FileExistsError(
                     f"{root}: another build, append, repair or gc is writing there now; run this one after it"
                 )
-            if not _is_there(fd, path):  # the one before us has finished, and taken the file along
+            if not is_there(fd, path):  # the one before us has finished, and taken the file along
                 continue
             try:
                 yield work
             finally:
-                _tidy(work)
+                tidy(work)
             return
         finally:
             os.close(fd)
 
 
-def _tidy(work: pathlib.Path) -> None:
+def tidy(work: pathlib.Path) -> None:
     """Removes the folder if only the lock is in it. Whoever waits for that file looks for it again."""
     with contextlib.suppress(OSError):
         if os.listdir(work) == ["lock"]:
@@ -158,6 +158,6 @@ def unread(manifest: pathlib.Path) -> Iterator[bool]:
     except PermissionError:
         fd = os.open(manifest, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     try:
-        yield _flock(fd, shared=False, wait=False)
+        yield lock(fd, shared=False, wait=False)
     finally:
         os.close(fd)
