@@ -95,6 +95,8 @@ def floor(args: argparse.Namespace) -> Iterator[int]:
 
 def batches(args: argparse.Namespace, corpus: pathlib.Path, **options: Any) -> Iterator[int]:
     """The cells of each batch of the loader."""
+    import numpy as np
+
     from scjax.corpus import Corpus
     from scjax.loader import Loader
 
@@ -114,7 +116,7 @@ def batches(args: argparse.Namespace, corpus: pathlib.Path, **options: Any) -> I
         if not options.get("sparse"):
             slots, genes = slots + batch.gene_id.size, genes + int(batch.n_genes.sum())
             args.more["filled_slots"] = round(genes / slots, 3)
-        cells = int(batch.weight.sum())
+        cells = np.count_nonzero(batch.weight)
         del batch  # or its memory could not be used again
         yield cells
     iterator.close()
