@@ -178,6 +178,7 @@ class Loader:
         if block is None:
             block = default_block(n_rows, lanes, self._chunk_rows, in_source_order)
         self.readers = _Readers(self.parts)
+        self._store = next((part.store for part in self.parts if part.store.remote), self.parts[0].store)
         salt, spans = f"{corpus.manifest_id}/{split}", tuple((p.first_row, p.n_cells) for p in self.parts)
         self._weights, drawn = self._spec(weights), None
         if self._weights or epoch_cells is not None:
@@ -190,6 +191,7 @@ class Loader:
                 draws=epoch_cells,
                 level=weight_level,
                 start=int(random_bits("draws", salt, self.seed, n=1)[0]),
+                side_by_side=self._store.map,
                 where=f"the split {split!r} of {corpus.path}",
             )
         self.order = Order(
@@ -252,23 +254,26 @@ class Loader:
 
     def _codes(self, name: str, which: int, first: int, last: int) -> np.ndarray:
         """int32 [last - first]: codes of some rows of a part, by ``corpus.columns``."""
-        codes, to = (
-            self.readers[which].column(f"codes/{name}", first, last),
-            _code_map(self.parts[which], name),
-        )
+        part = self.parts[which]
+        if last - first == part.n_cells:  # when the loader begins: no file need stay open
+            return part.codes(name)
+        codes, to = self.readers[which].column(f"codes/{name}", first, last), _code_map(part, name)
         return codes if to is None else to[codes]
 
     def _sample_lengths(self) -> np.ndarray:
         """Slots that some cells need, from all over the split: int64 [n]."""
         ends = np.cumsum([part.n_cells for part in self.parts])
-        lengths = []
-        for at in np.unique(np.linspace(0, ends[-1], _SLICES, endpoint=False).astype(np.int64)):
+        length = max(1, min(_SLICE, int(ends[-1]) // _SLICES))
+
+        def lengths(at: int) -> np.ndarray:
             which = int(np.searchsorted(ends, at, side="right"))
-            first = int(at - ends[which]) + self.parts[which].n_cells
-            last = min(first + max(1, min(_SLICE, int(ends[-1]) // _SLICES)), self.parts[which].n_cells)
-            nnz = self.readers[which].column("nnz", first, last)
-            lengths.append(self._genes.slots(which, first, last, nnz))
-        return np.concatenate(lengths).astype(np.int64)
+            part = self.parts[which]
+            first = at - int(ends[which]) + part.n_cells
+            last = min(first + length, part.n_cells)
+            return self._genes.slots(which, first, last, part.column("nnz", first, last))
+
+        starts = np.unique(np.linspace(0, ends[-1], _SLICES, endpoint=False).astype(np.int64))
+        return np.concatenate(self._store.map(lengths, starts.tolist())).astype(np.int64)
 
     # ---- what is read
 

@@ -27,8 +27,8 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -37,10 +37,13 @@ from scjax.loader.sequence import blocks_of
 Spec: TypeAlias = Mapping[str, "float | Mapping[str | None, float]"]
 Codes = Callable[[str, int, int, int], np.ndarray]  # (column, part, first, last) -> int32 codes of these rows
 
+Map = Callable[[Callable[[int], Any], Iterable[int]], list[Any]]  # of items, perhaps side by side
+
 MAX_STRATA = 2**22
+_PARTS = 32  # whose codes are held at a time
 PURE = 0.9  # share of a block's rows that are of one stratum, on average, for drawing it as a whole
 _LEVELS = ("auto", "row", "block")
-_SAMPLE = 1024  # blocks whose purity is looked at
+_SAMPLE = 256  # blocks whose purity is looked at
 SAVES = 5, 4  # how many times less is then read, at least
 _UNIT = 2**60  # of weights per row before they are scaled
 # steps from epoch to epoch in a circle of 2**64, which know nothing of each other: the golden ratio, the
@@ -86,6 +89,7 @@ class Weights:
         draws: int | None = None,
         level: str = "auto",
         start: int = 0,
+        side_by_side: Map | None = None,
         where: str = "the corpus",
     ):
         """Goes through the codes of the weighted columns twice.
@@ -105,6 +109,7 @@ class Weights:
           level: "row", "block", or "auto": by block where blocks are mostly of one stratum and a fifth less
             is read that way.
           start: 64 random bits, where the points of epoch 0 begin.
+          side_by_side: maps a function over parts, several at a time where reading them waits for a network.
           where: names the corpus in messages.
 
         Raises:
@@ -136,9 +141,10 @@ class Weights:
         self._within = self._firsts - np.array([first for first, _ in self._parts])[self._part]
         self._before = np.cumsum(self._sizes) - self._sizes  # rows of the split before each block
 
+        self._side_by_side = side_by_side or (lambda function, items: [function(item) for item in items])
         counts = np.zeros(math.prod(self._radix), np.int64)
-        for which, (_, n) in enumerate(self._parts):
-            counts += np.bincount(self._strata(which, 0, n), minlength=len(counts))
+        for strata in self._each_part():
+            counts += np.bincount(strata, minlength=len(counts))
         there = np.flatnonzero(counts)
         per_row, cells = self._per_row(counts, there), counts[there].astype(object)
         self.purity, self.level = math.nan, level
@@ -166,6 +172,12 @@ class Weights:
         for column, radix in zip(self._spec, self._radix, strict=True):
             strata = strata * radix + self._codes(column, which, first, last) + 1
         return strata
+
+    def _each_part(self) -> Iterator[np.ndarray]:
+        """``_strata`` of all rows of one part after the other."""
+        for first in range(0, len(self._parts), _PARTS):
+            some = range(first, min(first + _PARTS, len(self._parts)))
+            yield from self._side_by_side(lambda which: self._strata(which, 0, self._parts[which][1]), some)
 
     def _per_row(self, counts: np.ndarray, there: np.ndarray) -> np.ndarray:
         """Weight of a row of each stratum that is there: object array of ints."""
@@ -207,8 +219,8 @@ class Weights:
         """uint64 [blocks]: sum of the weights of the rows of each block."""
         masses, seen, row = [], 0, 0
         self._given_before = 0  # rows of the split before this one get one unit more, if of the last stratum
-        for which, (_, n) in enumerate(self._parts):
-            strata = self._strata(which, 0, n)
+        for strata in self._each_part():
+            n = len(strata)
             if seen < self._given:
                 last = np.flatnonzero(strata == self._last)
                 taken = min(len(last), self._given - seen)
@@ -239,12 +251,15 @@ class Weights:
     def _purity(self) -> float:
         if not self._spec:
             return 1.0
-        alike = []
-        for block in np.linspace(0, len(self._sizes) - 1, min(_SAMPLE, len(self._sizes))).astype(int):
+
+        def alike(block: int) -> float:
             first, n = int(self._within[block]), int(self._sizes[block])
             strata = self._strata(int(self._part[block]), first, first + n)
-            alike.append(np.unique(strata, return_counts=True)[1].max() / n)
-        return float(np.mean(alike))
+            return float(np.unique(strata, return_counts=True)[1].max() / n)
+
+        n_blocks = len(self._sizes)
+        blocks = np.linspace(0, n_blocks - 1, min(_SAMPLE, n_blocks)).astype(int)
+        return float(np.mean(self._side_by_side(alike, blocks.tolist())))
 
     # ---- what is drawn
 
