@@ -221,13 +221,19 @@ class Vocabulary:
         """As ``from_tsv``, of the table's text; ``path`` stands for it in messages."""
         if not text.strip():
             raise ValueError(f"{path}: empty; a table of genes with the header gene_id is needed")
-        head, *rows = (line.split("\t") for line in text.splitlines())
+        lines = text.splitlines()
+        head = lines[0].split("\t")
         if "gene_id" not in head:
             raise ValueError(f"{path}: no column gene_id in the header (columns: {', '.join(head)})")
-        for number, row in enumerate(rows, 2):
-            if len(row) != len(head):
-                raise ValueError(f"{path}, line {number}: {len(row)} fields, the header has {len(head)}")
-        columns: dict[str, Any] = {f: [row[head.index(f)] for row in rows] for f in _FIELDS if f in head}
+        for number, line in enumerate(lines, 1):
+            if line.count("\t") + 1 != len(head):
+                raise ValueError(
+                    f"{path}, line {number}: {line.count(chr(9)) + 1} fields, the header has {len(head)}"
+                )
+        fields = (
+            "\t".join(lines[1:]).split("\t") if len(lines) > 1 else []
+        )  # at once: one list, not one per gene
+        columns: dict[str, Any] = {f: fields[head.index(f) :: len(head)] for f in _FIELDS if f in head}
         if "aliases" in columns:
             columns["aliases"] = [tuple(filter(None, names.split("|"))) for names in columns["aliases"]]
         return cls(**columns)
