@@ -116,7 +116,7 @@ def batches(args: argparse.Namespace, corpus: pathlib.Path, **options: Any) -> I
         if not options.get("sparse"):
             slots, genes = slots + batch.gene_id.size, genes + int(batch.n_genes.sum())
             args.more["filled_slots"] = round(genes / slots, 3)
-        cells = np.count_nonzero(batch.weight)
+        cells = int(np.count_nonzero(batch.weight))
         del batch  # or its memory could not be used again
         yield cells
     iterator.close()
