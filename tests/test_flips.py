@@ -233,6 +233,19 @@ def test_objects_cut_short_emptied_gone_or_exchanged(whole, truth, damage):
             path.write_bytes(content)
 
 
+def test_statistics_that_were_damaged_are_counted_anew(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "c")
+    corpus = Corpus.open(tmp_path / "c")
+    expected = corpus.statistics(progress=False)
+    (kept,) = (corpus.path / "statistics").iterdir()
+    size = kept.stat().st_size
+    for position in [*range(0, 60, 2), *range(60, size, 40), *range(size - 300, size, 5)]:
+        with flipped(kept, position, 1 << position % 8):
+            found = Corpus.open(tmp_path / "c").statistics(progress=False)
+        for name in ("n_cells", "n_detected", "mean", "median"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
 def test_a_missing_part(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "c")
     (part,) = Corpus.open(tmp_path / "c").parts

@@ -146,6 +146,18 @@ def test_sources_in_memory_are_asked_for(tmp_path):
     assert contents(root) == before
 
 
+def test_sources_may_be_given_as_to_a_build(tmp_path):
+    """A folder, in which they are found by the names of their files."""
+    sources = write(tmp_path / "s", one=90, two=80)
+    root = tmp_path / "c"
+    build_corpus(sources, root, names=["first", "second"], **TINY)
+    before = contents(root)
+    flip(Corpus.open(root).parts[0].index / "nnz.npy")
+    (tmp_path / "s").rename(tmp_path / "moved")
+    assert len(repair_corpus(root, [tmp_path / "moved"], progress=False)) == 1
+    assert contents(root) == before
+
+
 def test_what_comes_out_otherwise_is_not_put_in_place(tmp_path, monkeypatch):
     """As another version of a library would write it."""
     (source,) = write(tmp_path / "s", one=90)

@@ -129,10 +129,14 @@ class _State:
 
 
 def _given(sources: Any) -> dict[str, Any]:
-    """Data set -> where it is now."""
-    if sources is None or isinstance(sources, Mapping):
-        return dict(sources or {})
-    return {study.name: study.data for study in list_studies(sources, None, None)}
+    """Data set, or name of its file -> where it is now."""
+    if sources is None or isinstance(sources, Mapping | list | tuple) and not sources:
+        return {}
+    if isinstance(sources, Mapping):
+        return dict(sources)
+    studies = list_studies(sources, None, None)
+    files = {os.path.basename(study.data): study.data for study in studies if not study.in_memory}
+    return files | {study.name: study.data for study in studies}
 
 
 def _hopeless(root: pathlib.Path, left: list[str], state: _State) -> str:
@@ -224,8 +228,7 @@ def _studies(
 ) -> tuple[Study, ...]:
     """The sources of a build, where they are now, and known to be what they were."""
     studies = tuple(
-        Study(given.get(source["name"], source["path"]), source["name"], source["layer"])
-        for source in record["sources"]
+        Study(_where(source, given), source["name"], source["layer"]) for source in record["sources"]
     )
     gone = [
         f"{study.name} ({'was in memory' if study.data is None else study.data})"
@@ -250,6 +253,11 @@ def _studies(
             f"{', '.join(changed)}; say with sources= where they are as they were"
         )
     return studies
+
+
+def _where(source: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    path = source["path"]
+    return given.get(source["name"], path if path is None else given.get(os.path.basename(path), path))
 
 
 def _again(

@@ -13,6 +13,7 @@ import io
 import os
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -244,6 +245,7 @@ def _read_cache(path: pathlib.Path, n_genes: int) -> GeneStatistics | None:
             if int(file["version"]) != VERSION:
                 return None
             found = {field.name: file[field.name] for field in dataclasses.fields(GeneStatistics)}
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+    # whatever a damaged archive makes zipfile say; its checksums let no other numbers through
+    except (OSError, KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return None
     return GeneStatistics(**found) if all(x.shape == (n_genes,) for x in found.values()) else None
