@@ -18,13 +18,14 @@ CELLS.obs = CELLS.obs[["cell_type", "donor"]]
 
 
 # ------------------------------------------------------------------ writing, as each tool lays it out
-def write_zarr(adata, path, version, **options):
-    before = ad.settings.zarr_write_format
-    ad.settings.zarr_write_format = version
+def write_zarr(adata, path, version):
     with warnings.catch_warnings():  # about what will be the default some day
         warnings.simplefilter("ignore")
-        adata.write_zarr(path, **options)
-    ad.settings.zarr_write_format = before
+        before, ad.settings.zarr_write_format = ad.settings.zarr_write_format, version
+        try:
+            adata.write_zarr(path)
+        finally:
+            ad.settings.zarr_write_format = before
 
 
 def group_10x(file, name, counts, barcodes):

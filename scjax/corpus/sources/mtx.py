@@ -145,7 +145,7 @@ class MtxSource(Source):
                 n = block.count(b"\n") + bool(block)
                 head = first.rstrip() + f"\n{n_features} {n_cells} {n}\n".encode()
                 try:
-                    entries = scipy_io.mmread(io.BytesIO(head + block))
+                    entries = scipy_io.mmread(io.BytesIO(head + block), spmatrix=False)
                 except (ValueError, OverflowError) as error:
                     raise ValueError(
                         f"{self._matrix}: damaged between entries {done + 1} and {done + n} ({error})"
