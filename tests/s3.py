@@ -287,12 +287,13 @@ class _FileHandler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        content, size = path.read_bytes(), path.stat().st_size
-        span = self.headers.get("Range")
-        if span:
-            first, last = span.removeprefix("bytes=").split("-")
-            last = min(int(last or size - 1), size - 1)
-            content = content[int(first) : last + 1]
+        size, span = path.stat().st_size, self.headers.get("Range", "bytes=0-")
+        first, last = span.removeprefix("bytes=").split("-")
+        last = min(int(last or size - 1), size - 1)
+        with open(path, "rb") as file:
+            file.seek(int(first))
+            content = file.read(last + 1 - int(first))
+        if "Range" in self.headers:
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
         else:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from scjax.loader.loader import Loader
 
 READ_THREADS = 2
+REMOTE_THREADS = 16  # where reads wait for a network rather than for a processor
 READ_AHEAD = 4  # windows, at least
 
 
@@ -113,7 +114,11 @@ class Pipeline:
         self._reading: collections.deque[tuple[int, Future[Window]]] = collections.deque()
         steps_ahead = -(-2 * order.lanes // order.steps_per_window)  # windows that two steps use up
         self._ahead = max(READ_AHEAD * loader.process_count, steps_ahead)
-        self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="scjax-read")
+        threads = READ_THREADS
+        if any(part.store.remote for part in loader.parts):
+            threads = REMOTE_THREADS
+            self._ahead = max(self._ahead, threads)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="scjax-read")
 
     def close(self) -> None:
         """Waits for reads under way and drops those that have not begun. May be called twice."""
