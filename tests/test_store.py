@@ -14,12 +14,14 @@ import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from loading import build, two_studies
+from loading import build, study, two_studies
 
-from scjax.corpus import Corpus
+from scjax.corpus import Corpus, append_corpus, build_corpus
 from scjax.corpus.cache import CachedStore, _Ranges
+from scjax.corpus.gc import gc_corpus
 from scjax.corpus.reader import PartReader
 from scjax.corpus.remote import Patience
+from scjax.corpus.repair import repair_corpus
 from scjax.corpus.store import CorruptDataError, LocalStore, StoreError, open_store
 
 pytest_plugins = ["s3"]
@@ -106,6 +108,22 @@ def test_what_is_no_corpus_is_said(server, tmp_path, file_server, local):
     for where in (tmp_path / "c", file_server(tmp_path / "c").url):
         with pytest.raises(ValueError, match="HEAD: damaged: 'a page about something else' names no"):
             Corpus.open(where)
+
+
+WRITERS = {
+    "append": lambda url: append_corpus(url, [study(20, 0)]),
+    "build": lambda url: build_corpus([study(20, 0)], url),
+    "gc": gc_corpus,
+    "repair": repair_corpus,
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_url_is_not_written_to(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="s3://b/c: a corpus is built, added to, .* in a folder; copy"):
+        write("s3://b/c")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nobody_listens():
@@ -216,7 +234,7 @@ def test_two_processes_share_a_cache(server, local, tmp_path):
     code = f"""
 import sys
 import numpy as np
-from scjax.corpus import Corpus
+from scjax.corpus import Corpus, append_corpus, build_corpus
 for turn in range(3):
     far = Corpus.open({server.url!r}, cache={str(tmp_path / "cache")!r}, cache_bytes=400_000)
     rows = np.random.default_rng([int(sys.argv[1]), turn]).integers(0, len(far), 200)

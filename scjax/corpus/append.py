@@ -13,6 +13,7 @@ from scjax.corpus.engine import Request, carry_out
 from scjax.corpus.format import Layout
 from scjax.corpus.manifest import read_manifest
 from scjax.corpus.plan import Base, Options, list_studies, named_tables, pairs
+from scjax.corpus.store import local_folder
 
 
 def append_corpus(
@@ -72,7 +73,7 @@ def append_corpus(
         for name, value in given.items()
         if name not in ("path", "sources", "orthologs", "workers", "task", "dask", "progress")
     }
-    root = pathlib.Path(path)
+    root = local_folder(path)
     studies = list_studies(sources, names, layer)
 
     def request(base_id: str, base: dict[str, Any]) -> Request:

@@ -19,6 +19,7 @@ from scjax.corpus.engine import FOLDERS, Request, carry_out
 from scjax.corpus.format import INNER, PART_CELLS, SHARD, Layout
 from scjax.corpus.locks import WORK
 from scjax.corpus.plan import Options, list_studies, named_tables, pairs
+from scjax.corpus.store import local_folder
 from scjax.genes import Vocabulary
 
 UNKNOWN = ("", "nan", "unknown", "unlabelled")
@@ -131,7 +132,7 @@ def build_corpus(
         seed=seed,
         shuffle=shuffle,
     )
-    root = pathlib.Path(out)
+    root = local_folder(out)
     request = Request(
         root,
         list_studies(sources, names, layer),

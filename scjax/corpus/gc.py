@@ -19,6 +19,7 @@ from typing import Any
 
 from scjax.corpus.locks import WORK, unread, writing
 from scjax.corpus.manifest import read_manifest, sync_folder
+from scjax.corpus.store import local_folder
 
 # What gc looks through; whatever else lies in the folder of a corpus is not ours.
 FOLDERS = ("parts", "index", "vocab", "manifests", "statistics", "sources")
@@ -61,7 +62,7 @@ def gc_corpus(
       FileNotFoundError: no corpus there, or no manifest of an id in ``keep``.
       ValueError: a manifest is damaged, so that nobody can tell what it refers to; nothing was removed.
     """
-    root = pathlib.Path(path)
+    root = local_folder(path)
     read_manifest(root)  # no corpus: say so before a folder is made in it
     look_only = dry_run and not (root / WORK / "lock").exists()
     with contextlib.nullcontext(root / WORK) if look_only else writing(root) as work:

@@ -28,7 +28,7 @@ from scjax.corpus.locks import writing
 from scjax.corpus.manifest import digest, hash_bytes, read_manifest, write_durably
 from scjax.corpus.plan import Base, Options, Plan, Study, list_studies, make_plan, write_whole
 from scjax.corpus.progress import BuildProgress, cell_progress
-from scjax.corpus.store import LocalStore
+from scjax.corpus.store import LocalStore, local_folder
 from scjax.corpus.tasks import Job, Task
 from scjax.corpus.verify import damaged
 from scjax.genes import Vocabulary
@@ -55,7 +55,7 @@ def repair_corpus(path: str | os.PathLike[str], sources: Any = None, progress: b
       ValueError: a source has changed; a manifest is damaged; what came out is not what the manifest tells
         of. Nothing of that data set or part was replaced.
     """
-    root = pathlib.Path(path)
+    root = local_folder(path)
     if not (root / "manifests").is_dir():
         read_manifest(root)  # says what there is instead
     given = _given(sources)

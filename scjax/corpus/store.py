@@ -186,6 +186,16 @@ def is_url(path: Any) -> bool:
     return isinstance(path, str) and "://" in path
 
 
+def local_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder of a corpus that is to be written to. Raises ValueError for a URL."""
+    if is_url(path):
+        raise ValueError(
+            f"{path}: a corpus is built, added to, repaired and tidied in a folder; copy the folder to the "
+            "object store afterwards"
+        )
+    return pathlib.Path(path)
+
+
 def open_store(
     path: str | os.PathLike[str],
     cache: str | os.PathLike[str] | bool | None = None,
