@@ -16,6 +16,7 @@ from scjax.corpus import Corpus, build_corpus, locks
 from scjax.corpus import manifest as manifests
 from scjax.corpus.append import append_corpus
 from scjax.corpus.gc import gc_corpus
+from scjax.corpus.index import write_index
 from scjax.corpus.reader import CorruptDataError
 
 TINY = {"part_cells": 64, "inner": 512, "shard": 2048, "progress": False}
@@ -311,6 +312,23 @@ def test_verify_holds_the_totals_against_the_parts(corpus):
     manifests.write_durably(root / "manifests" / f"{manifest_id}.json", text)
     found = Corpus.open(root, manifest_id).verify(progress=False)
     assert len(found) == 2 and "(nnz)" in found[0] and "(train)" in found[1]
+
+
+def test_verify_holds_content_hashes_against_the_counts(tmp_path):
+    cells = synthetic_adata(90, 40)
+    root = build_corpus(cells, tmp_path / "c", drop_duplicates=True, **TINY).path
+    assert Corpus.open(root).verify(progress=False) == []
+    part = Corpus.open(root).parts[1]
+    columns = {name: part.column(name) for name in part.arrays.names}
+    columns["content"][[5, 6]] = columns["content"][[6, 5]]
+    write_index(part.index, columns, columns["nnz"])
+    content = Corpus.open(root).manifest
+    for name in (entry := content["parts"][1]["objects"]):
+        entry[name] = manifests.hash_object(root / name)
+    manifest_id, text = manifests.encode(content)
+    manifests.write_durably(root / "manifests" / f"{manifest_id}.json", text)
+    found = Corpus.open(root, manifest_id).verify(progress=False)
+    assert found == [f"part {part.id}: cell 5 has another hash than index/content.npy says"]
 
 
 def test_info_tells_the_history_and_why_cells_are_not_there(corpus, tmp_path):

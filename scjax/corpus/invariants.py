@@ -13,6 +13,7 @@ import numpy as np
 
 from scjax.corpus.format import BLOCK
 from scjax.corpus.index import column_layout
+from scjax.corpus.kernels import content_hash
 from scjax.corpus.reader import PartReader
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def _counts(
 ) -> Iterator[str]:
     reader, total, dataset = PartReader(part), part.column("total"), part.codes("dataset")
     n_genes = len(promises.gene_ids)
+    # of fractions the hash was taken before they were rounded to float32
+    content = part.column("content") if "content" in part.arrays.names and part.x_dtype.kind == "u" else None
     first = 0
     while first < part.n_cells:
         end = max(first + 1, int(np.searchsorted(indptr, indptr[first] + RUN_ELEMENTS, side="right")) - 1)
@@ -115,6 +118,13 @@ def _counts(
         if wrong:
             yield f"cell {first + cell} {_WRONG[wrong].format(n_genes=n_genes)}"
             return
+        if content is not None:
+            hashes = np.empty((end - first, 2), np.uint64)
+            content_hash(genes, counts, np.diff(starts).astype(np.uint32), hashes)
+            other = (hashes != content[run]).any(1)
+            if other.any():
+                yield f"cell {first + other.argmax()} has another hash than index/content.npy says"
+                return
         advance(end - first)
         first = end
 
