@@ -10,6 +10,7 @@ import os
 import pathlib
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -94,6 +95,10 @@ def carry_out(request: Request) -> str | None:
     together = request.task is not None
     with _holding(request.root, together) as hold:
         work = hold.work
+        done = finished(request.root, key) if together else None
+        if done is not None:  # by another share, since we looked
+            shutil.rmtree(work / key, ignore_errors=True)
+            return done
         _clear(request, hold, key)
         folder = work / key
         folder.mkdir(exist_ok=True)
@@ -218,6 +223,7 @@ def _holding(root: pathlib.Path, together: bool) -> Iterator[_Hold]:
             yield _Hold(work, lambda: True)
         return
     work = root / locks.WORK
+    patience = 40  # a share that ends holds the folder alone for a moment
     while True:
         work.mkdir(parents=True, exist_ok=True)
         try:
@@ -226,19 +232,21 @@ def _holding(root: pathlib.Path, together: bool) -> Iterator[_Hold]:
             continue
         with lock:
             if not locks.lock(lock.fileno(), shared=True, wait=False):
+                patience -= 1
+                if patience:
+                    time.sleep(0.05)
+                    continue
                 raise FileExistsError(
                     f"{root}: a build, append, repair or gc that does not share its work is writing there now"
                 )
             if not locks.is_there(lock.fileno(), work / "lock"):
                 continue
-
-            alone = functools.partial(_alone, lock.fileno())
-            try:
-                yield _Hold(work, alone)
-            finally:
-                if alone():
-                    locks.tidy(work)
-            return
+            yield _Hold(work, functools.partial(_alone, lock.fileno()))
+            break
+    # The last of several takes the empty folder away: whose lock fails here is not the last.
+    if work.is_dir():
+        with contextlib.suppress(FileExistsError), locks.writing(root):
+            pass
 
 
 def _alone(fd: int) -> bool:
