@@ -178,7 +178,6 @@ SLOW = {
 
 @settings(max_examples=20, **SLOW)
 @given(case=loaders(), kill=st.floats(0, 2.5))
-@pytest.mark.filterwarnings("ignore:.*cells are decoded for each one")
 def test_a_run_that_was_killed_goes_on_to_the_bit_on_any_number_of_hosts(corpus, case, kill):
     """Batches up to the kill on some hosts, from the saved cursor on others: those of one host that never
     stopped, over the end of an epoch as well, and the cells that the order says."""
@@ -228,7 +227,6 @@ def _genes(corpus, rows):
 
 @settings(max_examples=10, **SLOW)
 @given(case=loaders(), epoch=st.integers(0, 50))
-@pytest.mark.filterwarnings("ignore:.*cells are decoded for each one")
 def test_a_weighted_epoch_has_as_many_cells_of_each_label_as_it_should(corpus, case, epoch):
     options, _, _ = case
     options |= {"labels": ("dataset", "donor"), "corpus": corpus}
@@ -316,7 +314,8 @@ def test_a_cursor_of_other_weights_is_refused(corpus, saved, changed, message):
     iterator.close()
 
 
-def test_weights_that_read_much_for_little_are_warned_about(corpus, tmp_path):
+def test_weights_that_read_much_for_little_are_warned_about(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("scjax.loader.loader._SMALL", 0)
     coarse = build(two_studies(), tmp_path / "c", labels=["donor"], inner=2**13, shard=2**13)
     few = {"donor": {coarse.columns["donor"][0]: 1}}
     n = int((coarse.obs["donor"].cat.codes == 0).sum())

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 STATE_FORMAT = "scjax-loader-2"
 MAX_OVER_READ = 4.0  # times as much as without weights: more is warned about
+_SMALL = 2**26  # elements of a corpus that costs next to nothing however it is read
 _SLICES, _SLICE = 64, 4096  # so many slices of so many cells stand for all when bucket lengths are chosen
 _WINDOWS = 64  # that stand for all when the over-read is found
 
@@ -301,7 +302,8 @@ class Loader:
     def _warn_of_over_read(self) -> None:
         order = self.order
         whole = min(order.block, order.n_rows / order.lanes)  # what a run is where every cell comes once
-        if self.over_read <= MAX_OVER_READ * (1 + self._chunk / whole):
+        small = sum(part.nnz for part in self.parts) < _SMALL
+        if small or self.over_read <= MAX_OVER_READ * (1 + self._chunk / whole):
             return
         advice = "a larger epoch_cells, or a corpus of the wanted cells alone, costs less"
         if order.weights is not None and order.weights.level == "row":
