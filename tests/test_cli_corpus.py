@@ -14,6 +14,8 @@ from scjax.cli.corpus import account
 from scjax.cli.main import main
 from scjax.corpus import Corpus
 
+pytest_plugins = ["s3"]
+
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
@@ -226,3 +228,27 @@ def test_an_h5ad_of_the_corpus_s_cells_is_a_source_again(folder, tmp_path):
     assert run("build", tmp_path / "again.h5ad", "--out", tmp_path / "d", "--no-shuffle", "--workers", 1) == 0
     again = Corpus.open(tmp_path / "d").read(slice(None))
     assert (again.X != cells.X).nnz == 0 and isinstance(again, ad.AnnData)
+
+
+def test_a_corpus_by_its_url(folder, tmp_path, capsys, s3_corpus):
+    """What reads takes a URL; what writes says that it needs a folder."""
+    assert run("build", folder, "--out", tmp_path / "c", "--workers", 1) == 0
+    url = s3_corpus(tmp_path / "c")
+    assert url.startswith("s3://")
+    capsys.readouterr()
+    assert run("info", url) == 0
+    shown = capsys.readouterr().out
+    assert url in shown and "second" in shown
+    assert run("verify", url) == 0 and "whole and consistent" in capsys.readouterr().out
+    for place, name in ((tmp_path / "c", "here"), (url, "there")):
+        assert run("statistics", place, "--out", tmp_path / f"{name}.tsv") == 0
+        assert run("genes", place, "--top", 10, "--out", tmp_path / f"genes-{name}.tsv") == 0
+    for kind in ("", "genes-"):
+        here, there = (tmp_path / f"{kind}{name}.tsv" for name in ("here", "there"))
+        assert here.read_bytes() == there.read_bytes()
+    capsys.readouterr()
+    for command in (["append", url, folder / "first.h5ad"], ["gc", url], ["verify", url, "--repair"]):
+        assert run(*command) == 2
+        assert f"{url}: " in "".join(capsys.readouterr().err.split("\n"))
+    assert run("build", folder, "--out", url, "--workers", 1) == 2
+    assert not (tmp_path / "s3:").exists()
