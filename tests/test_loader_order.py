@@ -1,5 +1,7 @@
 """The order of an epoch, as index arithmetic: no file is read here."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from scjax.loader.buckets import batch_lengths, bucket_of, choose_lengths, round_up
 from scjax.loader.order import Order, default_block, default_lanes, permutation, random_bits, run_rows
+from scjax.loader.weights import Weights
 
 LENGTHS = np.random.default_rng(0).lognormal(6.0, 0.5, 1_000_000).astype(np.int64)
 
@@ -116,6 +119,40 @@ def test_random_bits_are_those_of_the_format():
     assert permutation("blocks", "m", 3, 0, n=8).tolist() == PERMUTATION
 
 
+def test_the_order_is_that_of_the_format():
+    """Likewise, of whole epochs: blocks, lanes, windows, weights."""
+    found = {}
+    for name, changes in (
+        ("plain", {}),
+        ("grouped", {"group_lengths": True}),
+        ("stored", {"shuffle": False}),
+    ):
+        order = Order(((0, 700), (900, 300)), 24, 8, window=40, block=16, seed=3, salt="m", **changes)
+        found[name] = hashlib.sha256(epoch_of(order, 2).astype("<i8").tobytes()).hexdigest()[:12]
+    codes = np.arange(1000) // 7 % 5 - 1
+    for level in ("row", "block"):
+        spec = {"set": 0.3, "type": {"a": 2.0, None: 0.3, "c": 1.0}}
+        columns = dict.fromkeys(spec, ["a", "b", "c", "d"])
+        weights = Weights(
+            ((0, 700), (900, 300)),
+            16,
+            spec,
+            columns,
+            lambda _, p, a, b: codes[700 * p + a : 700 * p + b],
+            level=level,
+        )
+        order = Order(((0, 700), (900, 300)), 24, 8, window=40, block=16, seed=3, salt="m", weights=weights)
+        found[level] = hashlib.sha256(epoch_of(order, 2).astype("<i8").tobytes()).hexdigest()[:12]
+    assert found == ORDERS
+
+
+ORDERS = {
+    "plain": "692c9a275e24",
+    "grouped": "0406bf4a14de",
+    "stored": "8dbcda8087a5",
+    "row": "e1b732fd97f5",
+    "block": "3b08bd6d6df0",
+}
 RANDOM_BITS = [7176514353830059092, 662351919018068347]
 PERMUTATION = [7, 6, 3, 2, 5, 4, 1, 0]
 
@@ -278,6 +315,12 @@ def test_batches_mix_studies_as_well_as_independent_draws(n_studies, batch_size)
         assert composition_variance(Order(parts, batch_size, lanes, block=block), codes) < most
     one_lane = Order(parts, batch_size, lanes=1, window=16_384, block=1024)
     assert composition_variance(one_lane, stored) > 3  # what lanes are for
+
+
+def test_a_lane_owns_another_slice_in_every_epoch():
+    order = Order(((0, 64_000),), batch_size=64, lanes=16, block=50)
+    first = [run_rows(order.runs(epoch, 0, 3)).min() // 4000 for epoch in range(12)]
+    assert len(set(first)) >= 6
 
 
 def test_cells_that_were_appended_are_in_every_batch_alike():
