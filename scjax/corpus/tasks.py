@@ -10,13 +10,17 @@ import functools
 import pathlib
 import pickle
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from scjax.corpus.fragments import Fragment, whole_folder, write_fragment
-from scjax.corpus.plan import Facts, Plan, Study, write_whole
+from scjax.corpus.plan import Base, Facts, Plan, Study, write_whole
 from scjax.corpus.shuffle import write_part
 from scjax.corpus.sources import Source
+
+if TYPE_CHECKING:
+    from scjax.corpus.corpus import Part
 
 Task = tuple[str, int]  # what to do ("hash", "map", "duplicates", "part") and its number
 _SORTED = 2**24  # content hashes compared in one go
@@ -119,16 +123,28 @@ class Job:
         return pickle.loads((self.path(("duplicates", 0)) / "rows.pkl").read_bytes())
 
 
+def _old_parts(root: pathlib.Path, base: Base) -> Sequence[Part]:
+    """The parts of the state that is added to. They are the first of every later state, too."""
+    from scjax.corpus.corpus import Corpus
+
+    try:
+        return Corpus.open(root, base.manifest_id).parts
+    except FileNotFoundError:  # a repair, after gc has removed that state
+        parts = Corpus.open(root).parts
+        ends = [part.first_row + part.n_cells for part in parts]
+        if sum(base.n_cells) not in ends:
+            raise
+        return parts[: ends.index(sum(base.n_cells)) + 1]
+
+
 def find_duplicates(job: Job) -> dict[int, np.ndarray]:
     """Of cells with the same content hash the first stays, in the order of data sets and rows.
 
     Those of the corpus that is added to come before all. The hashes are looked at in as many rounds as keep
     memory bounded.
     """
-    from scjax.corpus.corpus import Corpus
-
-    base, plan = job.plan.base, job.plan
-    old = Corpus.open(job.root, base.manifest_id).parts if base else ()
+    plan = job.plan
+    old = _old_parts(job.root, plan.base) if plan.base else ()
     n_cells = plan.n_cells + sum(part.n_cells for part in old)
     rounds = -(-n_cells // _SORTED)
     gone: dict[int, list[np.ndarray]] = {}
