@@ -69,12 +69,21 @@ def test_everything_below_a_folder_by_unique_names(tmp_path, monkeypatch):
 def test_folders_that_are_refused(tmp_path):
     write_mtx(tmp_path / "outs" / "filtered_feature_bc_matrix", CELLS)
     write_v3(tmp_path / "outs" / "filtered_feature_bc_matrix.h5", CELLS)
-    problem = (
-        "outs: Cell Ranger wrote the same cells several times .filtered_feature_bc_matrix, filtered_.*h5"
-    )
+    problem = "outs: holds the same cells several times .filtered_feature_bc_matrix, filtered_.*h5"
     with pytest.raises(ValueError, match=problem):
         list_sources(tmp_path)
     assert list(list_sources(str(tmp_path / "*" / "filtered*.h5"))) == ["filtered_feature_bc_matrix"]
+    for name in ("raw", "filtered"):
+        write_mtx(tmp_path / "Solo.out" / "Gene" / name, CELLS, zipped=False)
+    with pytest.raises(ValueError, match=r"Gene: holds the same cells several times \(filtered, raw\)"):
+        list_sources(tmp_path / "Solo.out")
+    (tmp_path / "multi").mkdir()
+    for name in ("a", "b"):  # two samples are two samples
+        write_v3(tmp_path / "multi" / f"{name}_filtered_feature_bc_matrix.h5", CELLS)
+    assert len(list_sources(tmp_path / "multi")) == 2
+    write_v3(tmp_path / "multi" / "a_raw_feature_bc_matrix.h5", CELLS)
+    with pytest.raises(ValueError, match=r"several times \(a_filtered_feature_bc_matrix.h5, a_raw_"):
+        list_sources(tmp_path / "multi")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "readme").write_text("")
     with pytest.raises(

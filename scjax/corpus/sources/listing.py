@@ -24,7 +24,9 @@ RECOGNISED = (
     "an .h5ad file, an AnnData zarr store, a 10x .h5 file, a folder with matrix.mtx[.gz], barcodes.tsv[.gz] "
     "and features.tsv[.gz] or genes.tsv[.gz], or an AnnData"
 )
-_CELL_RANGER = re.compile(r"(raw|filtered)_(feature_bc|gene_bc)_matri(x|ces)(_h5)?(\.h5)?$")
+# The matrix of one sample, which Cell Ranger (with a prefix, too) and STARsolo lay out several times over.
+_LAYOUT = re.compile(r"(?P<sample>.*?)(raw|filtered)_(feature|gene)_bc_matri(x|ces)(_h5)?(\.h5)?")
+_STARSOLO = {"raw", "filtered"}
 
 
 def open_source(data: Any, *, name: str | None = None, layer: str | None = None) -> Source:
@@ -145,12 +147,17 @@ def _below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """The sources in a folder and below, sorted by path."""
     if (folder / "HEAD").is_file() and (folder / "manifests").is_dir():
         raise ValueError(f"{folder}: is a corpus, not a source; append to it, or mix corpora when loading")
-    layouts = [n for n in sorted(os.listdir(folder)) if _CELL_RANGER.match(n)]
-    if len(layouts) > 1:
-        raise ValueError(
-            f"{folder}: Cell Ranger wrote the same cells several times ({', '.join(layouts)}); "
-            f"name the one that is meant, or a glob such as '**/{layouts[0]}'"
-        )
+    layouts = defaultdict(list)
+    for name in sorted(os.listdir(folder)):
+        found = _LAYOUT.fullmatch(name)
+        if found or name in _STARSOLO:
+            layouts[found["sample"] if found else ""].append(name)
+    for same in layouts.values():
+        if len(same) > 1:
+            raise ValueError(
+                f"{folder}: holds the same cells several times ({', '.join(same)}); name the one that is "
+                f"meant, or a glob such as '**/{same[0]}'"
+            )
     matrices = matrices_in(folder)
     if len(matrices) == 1 and mtx_name(matrices[0]) == mtx_name(folder / "matrix.mtx"):
         yield folder
