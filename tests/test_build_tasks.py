@@ -454,3 +454,20 @@ def test_a_fragment_is_sorted_by_part(files, tmp_path):
             n = int(fragment.head.rows[part + 1] - fragment.head.rows[part])
             assert (0 if cells is None else len(cells["key"])) == n
             assert cells is None or (np.diff(cells["key"].astype(object)) > 0).all()
+
+
+def test_progress_says_what_is_read_and_written(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    said = []
+
+    class Heard(engine.BuildProgress):
+        def __call__(self, task, cells):
+            super().__call__(task, cells)
+            said.extend(row.description for row in self._bar.tasks)
+
+    monkeypatch.setattr(engine, "BuildProgress", Heard)
+    build_corpus(files, tmp_path / "c", **OPTIONS | {"progress": True}, workers=2)
+    lines = capsys.readouterr().err.splitlines()
+    for line, what in zip(lines[-2:], ("reading 3 sources", "writing 5 parts"), strict=True):
+        assert what in line and "270/270 cells" in line and "cells/s" in line
+    assert {"reading a, b", "writing part 1, 2 of 5"} <= set(said)

@@ -50,7 +50,9 @@ class BuildProgress:
             self._active.pop(task, None)
         else:
             self._active[task] = self._active.get(task, 0) + cells
-        if task[0] == "part":
+        if not self._active:
+            what = f"{self._parts} parts" if task[0] == "part" else f"{len(self._job.studies)} sources"
+        elif task[0] == "part":
             numbers = sorted(number + 1 for _, number in self._active)
             what = f"part {', '.join(map(str, numbers[:3]))} of {self._parts}"
         else:
