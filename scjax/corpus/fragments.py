@@ -20,7 +20,6 @@ import numpy as np
 
 from scjax.corpus.counts import MAX_COUNT, CountsError
 from scjax.corpus.format import index_dtype
-from scjax.corpus.kernels import content_hash, gather, relabel
 from scjax.corpus.obs import ObsSchema
 from scjax.corpus.plan import Facts, Plan
 from scjax.corpus.sources import Source
@@ -139,6 +138,8 @@ def _read(
     advance: Callable[[int], None],
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], Cells]:
     """The genes and counts of a run in pieces, and columns of its cells, among them where each begins."""
+    from scjax.corpus.kernels import content_hash, relabel  # here, because numba takes a while to import
+
     options, n_genes = plan.options, len(plan.vocabulary)
     gene_dtype = index_dtype(n_genes)
     count_dtype = np.dtype(np.float64 if options.allow_non_integer else np.uint32)
@@ -189,6 +190,8 @@ def _write(
     path: pathlib.Path, address: np.ndarray, length: np.ndarray, like: np.ndarray, dtype: np.dtype
 ) -> np.ndarray:
     """Copies rows from memory to a file in their new order; returns their check sums."""
+    from scjax.corpus.kernels import gather  # here, because numba takes a while to import
+
     check = np.empty(len(length), np.uint64)
     length = length.astype(np.int64)
     ends = np.cumsum(length)

@@ -20,7 +20,6 @@ from scjax.corpus.format import index_dtype, x_dtype
 from scjax.corpus.fragments import Cells, Fragment, encode_labels
 from scjax.corpus.frames import add_group, new_part, one_blosc_thread, write_frames
 from scjax.corpus.index import write_index
-from scjax.corpus.kernels import gather
 from scjax.corpus.plan import Plan
 from scjax.corpus.shards import ShardWriter
 
@@ -211,6 +210,8 @@ class _Collector:
         Raises:
           OSError: a row does not have the check sum that it was written with.
         """
+        from scjax.corpus.kernels import gather  # here, because numba takes a while to import
+
         used, which = np.unique(rows.fragment, return_inverse=True)
         low = np.full(len(used), np.iinfo(np.int64).max)
         high = np.zeros(len(used), np.int64)
