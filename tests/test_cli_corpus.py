@@ -252,3 +252,30 @@ def test_a_corpus_by_its_url(folder, tmp_path, capsys, s3_corpus):
         assert f"{url}: " in "".join(capsys.readouterr().err.split("\n"))
     assert run("build", folder, "--out", url, "--workers", 1) == 2
     assert not (tmp_path / "s3:").exists()
+
+
+def test_a_repair_maps_orthologs_again(folder, tmp_path, capsys):
+    table = tmp_path / "o.tsv"
+    table.write_text("".join(f"Mouse{i}\tGENE{i}\n" for i in range(30)))
+    mouse = synthetic_adata(40, 40, seed=4)
+    mouse.var_names = [f"Mouse{i}" for i in range(40)]
+    del mouse.var["ensembl_id"]
+    mouse.write_h5ad(folder / "mouse.h5ad")
+    out = tmp_path / "c"
+    assert run("build", folder, "--out", out, "--orthologs", table, "--workers", 1) == 0
+    assert Corpus.open(out).manifest["datasets"][1]["genes_matched"] == 30
+    (victim,) = out.glob("parts/*.zarr/X/indices/c/0")
+    content = victim.read_bytes()
+    victim.write_bytes(content[1:])
+    assert run("verify", out, "--repair") == 0
+    assert victim.read_bytes() == content
+    victim.unlink()
+    before = table.read_text()
+    table.write_text(before + "Mouse31\tGENE31\n")
+    assert run("verify", out, "--repair") == 2
+    assert "o.tsv: the table of orthologs has changed since" in " ".join(capsys.readouterr().err.split())
+    table.unlink()
+    assert run("verify", out, "--repair") == 2
+    assert "o.tsv: no such file; orthologs= is a table" in " ".join(capsys.readouterr().err.split())
+    table.write_text(before)
+    assert run("verify", out, "--repair") == 0 and victim.read_bytes() == content

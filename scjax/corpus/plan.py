@@ -259,8 +259,8 @@ def _tables(
     """Data set -> the orthologs that map it; not those that are matched by name."""
     if not options.orthologs:
         return {}
-    for _, path, sha256 in options.orthologs:
-        if hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() != sha256:
+    for name, path, sha256 in options.orthologs:
+        if named_tables({name: path}) != ((name, path, sha256),):
             raise ValueError(f"{path}: the table of orthologs has changed since the build began")
     given: Any = {name: path for name, path, _ in options.orthologs}
     given = given.get("", given)
