@@ -246,17 +246,19 @@ def prepare(dtypes: tuple[np.dtype, np.dtype], sparse: bool) -> None:
         rows.pad(np.empty((0, 1), np.int32), np.empty((0, 1), np.float32), none)
 
 
-def pages(size: int) -> np.ndarray:
+def pages(size: int, used: int | None = None) -> np.ndarray:
     """uint8[size] of zeros, straight from the system, which gets it back as a whole.
 
     The heap would keep holes of buffers that were let go and cut the others into small pages: at the rate of
-    a loader, looking up 4 KB pages is a good part of the work.
+    a loader, looking up 4 KB pages is a good part of the work. Of the rest beyond ``used`` bytes, the least
+    that will be filled, only what is touched is taken.
     """
     room = mmap.mmap(-1, size + _LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a system that was built without
-            room.madvise(mmap.MADV_HUGEPAGE)
     first = -np.frombuffer(room, np.uint8).ctypes.data % _LARGE_PAGE
+    whole = min(size, size if used is None else used) // _LARGE_PAGE * _LARGE_PAGE
+    if whole and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system that was built without
+            room.madvise(mmap.MADV_HUGEPAGE, first, whole)
     # not a view of another array: to views of it this array is the owner, which ``Slabs`` counts on
     return np.frombuffer(room, np.uint8, size, first)
 

@@ -33,7 +33,7 @@ class Counts:
     """A reused buffer: the genes and counts of one window."""
 
     def __init__(self, n_bytes: int):
-        self._memory = pages(n_bytes)
+        self._memory = pages(n_bytes, n_bytes * 5 // 6)  # most windows fill that
 
     def take(self, size: int, dtypes: tuple[np.dtype, np.dtype]) -> bool:
         """Makes ``indices`` and ``data`` arrays of ``size`` elements; False if the buffer is too small."""
