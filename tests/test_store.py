@@ -199,6 +199,25 @@ def test_any_damage_to_the_cache_is_mended(server, local, tmp_path):
     assert [path for path, _ in server.requests] == ["/HEAD"]  # all is well again
 
 
+def test_damaged_copies_that_cannot_be_replaced_are_passed_by(server, local, tmp_path):
+    cache = tmp_path / "cache"
+    same(Corpus.open(server.url, cache=cache), local)
+    damaged = [path for path in cache.rglob("*") if ".npy." in path.name or "/c/" in str(path)]
+    for path in damaged:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+    far = Corpus.open(server.url, cache=cache)
+    with (
+        pytest.warns(RuntimeWarning, match="goes on without keeping") as said,
+        far.store.filling(1),
+    ):
+        raise OSError("the disk is gone")
+    same(far, local)
+    same(far, local, [3, 700])
+    assert len(said) == 1 and len(damaged) > 10
+
+
 def test_threads_share_a_cache(server, local, tmp_path):
     corpora = [Corpus.open(server.url, cache=tmp_path / "cache") for _ in range(2)]
 

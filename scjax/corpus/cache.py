@@ -82,9 +82,13 @@ class CachedStore:
         return content
 
     def open(self, name: str, expected: Expected = None) -> StoredFile:
-        if expected is None or self._off:
+        if expected is None:
+            return self.origin.open(name)
+        if _is_shard(name):
+            return _ShardCopy(self, name, expected)
+        if self._off and not self.place(name, expected).exists():  # rather ranges than all of it in memory
             return self.origin.open(name, expected)
-        return _ShardCopy(self, name, expected) if _is_shard(name) else _WholeCopy(self, name, expected)
+        return _WholeCopy(self, name, expected)
 
     def place(self, name: str, expected: Expected) -> pathlib.Path:
         """Where the copy of an object is, or would be."""
@@ -175,11 +179,11 @@ class _WholeCopy:
                 copy = LocalFile(path)
                 if copy.size == self.size:
                     return copy
-        content = self._store.read(self._name, self._expected, again=True)
-        try:
-            return LocalFile(path)
-        except OSError:  # it could not be kept
-            return _Held(content)
+        content = self._store.origin.read(self._name, self._expected)
+        if not differs(content, self._expected) and self._store.keep(path, content):
+            with contextlib.suppress(OSError):  # removed since
+                return LocalFile(path)
+        return _Held(content)
 
 
 class _Held:
@@ -308,9 +312,12 @@ class _ShardCopy:
                         with open(partial, "r+b") as file:
                             file.seek(self.size)
                             file.write(os.urandom(_TOKEN))
-                        with contextlib.suppress(FileExistsError):  # another process was faster
+                        try:
                             os.link(partial, self._path)
-                        partial.unlink()
+                        except FileExistsError:  # another process was faster
+                            pass
+                        except OSError:  # a file system without links
+                            os.replace(partial, self._path)
         return fd
 
 
@@ -348,7 +355,12 @@ def shrink(folder: pathlib.Path, limit: int) -> None:
     Shards first, and of these the ones that were not opened or written to for longest.
     """
     with contextlib.suppress(OSError), open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:  # a file system without locks: two may remove the same
+            pass
         copies, held = [], 0
         for path in folder.rglob("*"):
             with contextlib.suppress(FileNotFoundError):
