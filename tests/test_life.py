@@ -223,28 +223,6 @@ def test_gc_refuses_what_it_cannot_judge(corpus, tmp_path):
 # -- locks
 
 
-def test_a_fork_shares_the_lock(corpus):
-    root, states = corpus
-    path = root / "manifests" / f"{states[0]}.json"
-    lock = locks.ReaderLock(path)
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:  # only system calls here: the parent may have threads
-        os.read(read_end, 1)
-        os._exit(0)
-    try:
-        del lock
-        with locks.unread(path) as free:
-            assert not free
-    finally:
-        os.write(write_end, b".")
-        os.waitpid(child, 0)
-        os.close(read_end)
-        os.close(write_end)
-    with locks.unread(path) as free:
-        assert free
-
-
 def test_an_append_and_a_gc_between_two_steps_of_opening(corpus, monkeypatch):
     """HEAD is read, then a new state comes and the old one goes: the new one is opened."""
     root, states = corpus

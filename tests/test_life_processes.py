@@ -16,6 +16,7 @@ from scjax.corpus import Corpus, build_corpus
 from scjax.corpus import manifest as manifests
 from scjax.corpus.append import append_corpus
 from scjax.corpus.gc import gc_corpus
+from scjax.corpus.repair import repair_corpus
 
 TINY = {"part_cells": 64, "inner": 512, "shard": 2048, "progress": False}
 HERE = pathlib.Path(__file__).parent
@@ -89,6 +90,44 @@ def test_readers_go_on_while_a_corpus_grows_and_is_cleaned(tmp_path):
         of_old.wait()
     assert list(gc_corpus(root, drop_old=True).kept) == [states[-1]]
     assert Corpus.open(root).verify(progress=False) == []
+
+
+def test_a_fork_shares_the_lock_of_its_parent(tmp_path):
+    """It ends when both have let go, in whatever order."""
+    manifest = tmp_path / "m.json"
+    manifest.touch()
+    code = """
+        import os, pathlib, sys
+        from scjax.corpus import locks
+        path = pathlib.Path(sys.argv[1])
+        def free():
+            with locks.unread(path) as nobody:
+                return nobody
+        for child_first in (True, False):
+            lock = locks.ReaderLock(path)
+            read, write = os.pipe()
+            child = os.fork()
+            if child == 0:
+                os.close(write)
+                os.read(read, 1)
+                del lock
+                os._exit(0)
+            if child_first:
+                os.close(write)
+                os.waitpid(child, 0)
+                print(free(), end=" ")
+                del lock
+            else:
+                del lock
+                print(free(), end=" ")
+                os.close(write)
+                os.waitpid(child, 0)
+            os.close(read)
+            print(free(), end=" ")
+    """
+    with start(code, manifest) as child:
+        said, complaint = child.communicate()
+    assert said == "False True False True ", complaint
 
 
 WRITER = """
@@ -179,6 +218,7 @@ KILLER = """
     import os, pathlib, shutil, signal, sys
     from scjax.corpus import Corpus
     from scjax.corpus.gc import gc_corpus
+from scjax.corpus.repair import repair_corpus
     root, work, clean = map(pathlib.Path, sys.argv[1:])
     def tree(folder):
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
@@ -259,6 +299,40 @@ def test_a_gc_that_is_killed_anywhere_leaves_whole_states_and_is_finished_by_the
         said, complaint = child.communicate()
         assert child.returncode == 0, complaint
     assert int(said) > 60  # places where it was killed
+
+
+@pytest.mark.parametrize("place", ["building", "placing"])
+def test_a_repair_that_is_killed_leaves_no_half_and_is_finished_by_the_next(tmp_path, place):
+    root = tmp_path / "c"
+    synthetic_adata(150, 40).write_h5ad(tmp_path / "cells.h5ad")
+    build_corpus(tmp_path / "cells.h5ad", root, **TINY)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    damaged = [part.index / name for part in Corpus.open(root).parts for name in ("nnz.npy", "total.npy")]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:-8] + b"ABCDEFGH")
+    code = """
+        import os, signal, sys
+        from scjax.corpus import repair, tasks
+        left = int(sys.argv[3])
+        where, name = (tasks, "write_part") if sys.argv[2] == "building" else (os, "replace")
+        function = getattr(where, name)
+        def counting(*arguments):
+            global left
+            if sys.argv[2] == "building" or "repair-" in str(arguments[0]) and "part-" in str(arguments[0]):
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+            return function(*arguments)
+        setattr(where, name, counting)
+        repair.repair_corpus(sys.argv[1], progress=False)
+    """
+    with start(code, root, place, 2) as child:
+        _, complaint = child.communicate()
+        assert child.returncode == -signal.SIGKILL, complaint
+    changed = [path for path in damaged if path.read_bytes() != before[path]]
+    assert len(changed) == len(damaged) - (2 if place == "placing" else 0)
+    assert sorted(repair_corpus(root, progress=False)) == sorted(str(p.relative_to(root)) for p in changed)
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
 
 @pytest.fixture
