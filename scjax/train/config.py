@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from scjax.config import ConfigError
 from scjax.models import resolve
@@ -34,7 +34,7 @@ class DataConfig:
     n_buckets: int = 3
     max_genes: int | None = None
     weights: dict[str, Any] | None = None
-    weight_level: str = "auto"
+    weight_level: Literal["auto", "row", "block"] = "auto"
     epoch_cells: int | None = None
     labels: tuple[str, ...] | None = ("dataset",)
     prefetch: int = 2
