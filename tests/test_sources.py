@@ -5,8 +5,10 @@ import sys
 
 import anndata as ad
 import h5py
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from layouts import (
     CELLS,
     FORMS,
@@ -20,6 +22,7 @@ from scipy import sparse
 from synthetic import synthetic_adata
 
 from scjax.corpus import list_sources, open_source
+from scjax.corpus.sources import base
 
 
 # ------------------------------------------------------------------ every layout
@@ -136,6 +139,45 @@ def test_genomes_that_called_other_cells(tmp_path):
     expected[60:, :40], expected[:40, 40:] = 0, 0
     order = [man.obs_names.get_loc(cell) for cell in cells]
     same(source, expected.tocsr()[order], cells)
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(st.data())
+def test_any_matrix_in_any_layout_by_any_runs(tmp_path_factory, data):
+    """Random counts, read run by run as the workers of a build do it, are the counts that were written."""
+    draw = data.draw
+    n, genes = draw(st.integers(1, 30), "cells"), draw(st.integers(1, 12), "genes")
+    rng = np.random.default_rng(draw(st.integers(0, 99), "seed"))
+    counts = rng.poisson(draw(st.sampled_from([0.05, 0.5, 3.0]), "mean"), (n, genes)).astype("f4")
+    counts[0, 0] = 300
+    folder = tmp_path_factory.mktemp("any")
+    layout = draw(st.sampled_from(["csr", "csc", "dense", "zarr", "10x", "mtx", "mtx by gene"]), "layout")
+    x = (
+        counts
+        if layout == "dense"
+        else sparse.csr_matrix(counts).asformat("csc" if layout == "csc" else "csr")
+    )
+    adata = ad.AnnData(x)
+    adata.var["ensembl_id"] = [f"ENSG{i:011d}" for i in range(genes)]
+    if layout == "zarr":
+        write_zarr(adata, path := folder / "s.zarr", draw(st.sampled_from([2, 3]), "version"))
+    elif layout == "10x":
+        write_v3(path := folder / "s.h5", adata)
+    elif layout.startswith("mtx"):
+        write_mtx(path := folder / "s", adata, zipped=False, order="csr" if "gene" in layout else "csc")
+    else:
+        adata.write_h5ad(path := folder / "s.h5ad", compression=draw(st.sampled_from([None, "gzip"]), "zip"))
+    with pytest.MonkeyPatch.context() as patch:
+        most = draw(st.sampled_from([8000, 40, 3]), "elements") if "gene" not in layout else 8000
+        patch.setattr(base, "CHUNK_ELEMENTS", most)
+        source = open_source(path)
+        got = np.full((n, genes), -1.0)
+        for first, last in source.runs(draw(st.integers(1, 60), "run")):
+            for start, rows in source.counts(first, last):
+                assert first <= start and start + rows.shape[0] <= last
+                assert (got[start : start + rows.shape[0]] == -1).all()  # no row twice
+                got[start : start + rows.shape[0]] = rows.toarray()
+        np.testing.assert_array_equal(got, counts)  # and none missing
 
 
 # ------------------------------------------------------------------ reading gzip is reading by h5py

@@ -180,6 +180,14 @@ def test_gzip_is_told_by_content_not_by_name(tmp_path):
     same(open_source(tmp_path / "s"))
 
 
+@pytest.mark.parametrize("end", [b"", b"\n\n", b"\n" * 5000, b"\r\n"])
+def test_how_the_last_line_ends_does_not_matter(tmp_path, end):
+    write_mtx(tmp_path / "s", CELLS, zipped=False)
+    path = tmp_path / "s" / "matrix.mtx"
+    path.write_bytes(path.read_bytes().rstrip() + end)
+    same(open_source(tmp_path / "s"))
+
+
 def test_an_entry_out_of_order_far_down(tmp_path, monkeypatch):
     write_mtx(tmp_path / "s", CELLS, zipped=False)
     lines = (tmp_path / "s" / "matrix.mtx").read_text().splitlines()

@@ -169,7 +169,6 @@ def turn(
             pieces: list[Any] = [np.fromfile(path, dtype)] if path.exists() else held[group]
             record = np.concatenate(pieces or [np.empty(0, dtype)])
             size = min(step, last - first - group * step), shape[1]
-            # By (row, gene) here: the constructor of scipy would do it, and add up what is there twice.
             yield sparse.csr_matrix(
                 (record["value"], (record["row"] - group * step, record["gene"])), shape=size
             )

@@ -142,7 +142,9 @@ class MtxSource(Source):
             done = 0
             while block := file.read(max(base.CHUNK_ELEMENTS // _SHARE, 1) * _LINE_BYTES):
                 block = (block + file.readline()).rstrip()
-                n = block.count(b"\n") + bool(block)
+                if not block:  # blank lines at the end
+                    continue
+                n = block.count(b"\n") + 1
                 head = first.rstrip() + f"\n{n_features} {n_cells} {n}\n".encode()
                 try:
                     entries = scipy_io.mmread(io.BytesIO(head + block), spmatrix=False)
