@@ -18,7 +18,7 @@ from scipy import sparse
 from synthetic import synthetic_adata
 from test_corpus import same_bytes, same_cells
 
-from scjax.corpus import Corpus, CountsError, build_corpus, engine, executors, plan, shuffle, tasks
+from scjax.corpus import Corpus, CountsError, build_corpus, commit, engine, executors, plan, shuffle, tasks
 from scjax.corpus.fragments import Fragment
 
 TINY = {"part_cells": 64, "inner": 256, "shard": 1024, "progress": False}
@@ -292,6 +292,20 @@ def test_damaged_work_is_found(files, tmp_path):
     os.truncate(genes, len(content) // 2)
     with pytest.raises(OSError, match="cut short"):
         build_corpus(files, out, **options)
+
+
+def test_a_part_that_a_power_cut_spoiled_is_made_again(files, whole, tmp_path, monkeypatch):
+    out = tmp_path / "c"
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "_datasets", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build_corpus(files, out, **OPTIONS)
+    shard = sorted(out.glob(".build/*/part-*/part.zarr/X/data/c/0"))[2]
+    os.truncate(shard, 0)
+    with pytest.raises(OSError, match="X/data/c/0: is not as it was written; the part is made again"):
+        build_corpus(files, out, **OPTIONS)
+    build_corpus(files, out, **OPTIONS)
+    same_bytes(whole, out)
 
 
 @pytest.fixture

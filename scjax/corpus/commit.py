@@ -81,6 +81,7 @@ def commit(job: Job, record: dict[str, Any]) -> str:
         if entry:
             _move(job.path(task) / "part.zarr", root / "parts" / f"{entry['id']}.zarr")
             _move(job.path(task) / "index", root / "index" / entry["id"])
+            _check_sizes(root, job.path(task), entry)
     vocabulary_file = f"vocab/{plan.vocabulary.short_hash}.tsv"
     if parent is None:
         (root / "vocab").mkdir(exist_ok=True)
@@ -130,6 +131,17 @@ def _move(path: pathlib.Path, to: pathlib.Path) -> None:
         if not to.is_dir():
             raise
         shutil.rmtree(path)  # the same content under the same name
+
+
+def _check_sizes(root: pathlib.Path, work: pathlib.Path, entry: Mapping[str, Any]) -> None:
+    """OSError where a part is not as it was written, as a power cut in an earlier run may leave it."""
+    for name, expected in entry["objects"].items():
+        path = root / name
+        if not path.is_file() or path.stat().st_size != expected["bytes"]:
+            shutil.rmtree(work, ignore_errors=True)  # the next run makes this part again
+            shutil.rmtree(root / "parts" / f"{entry['id']}.zarr", ignore_errors=True)
+            shutil.rmtree(root / "index" / entry["id"], ignore_errors=True)
+            raise OSError(f"{path}: is not as it was written; the part is made again by the next run")
 
 
 def _datasets(job: Job) -> list[dict[str, Any]]:

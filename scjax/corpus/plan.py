@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 import scjax
 from scjax.corpus.format import Layout
@@ -408,7 +409,9 @@ def _looks(study: Study) -> list[tuple[Any, ...]]:
     if study.in_memory:
         source = study.open()
         frames = [source.obs, source.var]
-        return [(source.sha256(), hashlib.sha256(frame.to_csv().encode()).hexdigest()) for frame in frames]
+        hashes = (pd.util.hash_pandas_object(frame).to_numpy().tobytes() for frame in frames)
+        digests = [hashlib.sha256(content).hexdigest() for content in hashes]
+        return [(source.sha256(), *digests, *(str(frame.dtypes.to_dict()) for frame in frames))]
     path = pathlib.Path(study.data)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
