@@ -135,7 +135,8 @@ class LocalStore:
         return (self.root / name).exists()
 
     def where(self, name: str) -> str:
-        return f"{self.root}/{name}"  # asked for at every read: joining paths takes longer than a read
+        # asked for at every read: joining paths takes longer than a read
+        return f"{self.root}/{name}" if name else str(self.root)
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         return [function(item) for item in items]
