@@ -2,6 +2,8 @@
 
 import os
 
+from s3 import file_server, s3_corpus, s3_port, s3_proxy  # noqa: F401  (fixtures)
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling takes most of the suite's time and its arrays are tiny: let LLVM optimise less.
 os.environ.setdefault(

@@ -1,7 +1,7 @@
 """An S3 server on loopback behind a proxy that spoils answers on demand, and a plain file server.
 
-Fixtures, for a test module with ``pytest_plugins = ["s3"]`` (which must not import this one at its top):
-``s3_corpus(folder) -> URL`` puts a corpus there, and ``s3_corpus.proxy`` is the proxy.
+The fixtures are those of every test: ``s3_corpus(folder) -> URL`` puts a corpus on the server, and
+``s3_corpus.proxy`` is the proxy; ``file_server(folder) -> FileServer``.
 """
 
 from __future__ import annotations

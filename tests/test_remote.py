@@ -6,13 +6,12 @@ import shutil
 import numpy as np
 import pytest
 from loading import assert_same, build, take, two_studies
+from s3 import upload
 
 from scjax.corpus import Corpus
 from scjax.corpus.remote import SIDE_BY_SIDE, Patience
 from scjax.corpus.store import CorruptDataError, StoreError
 from scjax.loader import Loader
-
-pytest_plugins = ["s3"]
 
 FEW = {"part_cells": 700, "inner": 2**11, "shard": 2**14}  # objects
 QUICK = Patience(timeout=0.5, total=20.0, attempts=4, pause=0.01)
@@ -26,8 +25,6 @@ def local(tmp_path_factory) -> Corpus:
 
 @pytest.fixture(scope="module")
 def url(local, s3_port):
-    from s3 import upload  # here: pytest itself imports the module of its plugin
-
     return upload(local.path, s3_port, "corpora/small")
 
 

@@ -24,8 +24,6 @@ from scjax.corpus.remote import Patience
 from scjax.corpus.repair import repair_corpus
 from scjax.corpus.store import CorruptDataError, LocalStore, StoreError, open_store
 
-pytest_plugins = ["s3"]
-
 QUICK = Patience(timeout=5.0, total=5.0, attempts=3, pause=0.01)
 
 
