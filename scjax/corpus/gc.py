@@ -46,10 +46,10 @@ def gc_corpus(
 ) -> GcReport:
     """Removes objects that no manifest refers to and, if asked to, old manifests with what only they need.
 
-    Leftovers of interrupted builds and appends go in any case, and so do statistics of manifests that are
-    gone. A manifest that a process on this machine has open stays, whatever is asked. Processes on other
-    machines are seen where the file system shares its locks; elsewhere they get an error that names the file
-    they miss.
+    Leftovers of interrupted appends go in any case, also those of a job array none of whose shares is
+    running now, and so do statistics of manifests that are gone. A manifest that a process on this machine
+    has open stays, whatever is asked. Processes on other machines are seen where the file system shares its
+    locks; elsewhere they get an error that names the file they miss.
 
     Args:
       path: folder of the corpus.

@@ -73,7 +73,7 @@ def check_part(part: Part, promises: Promises, advance: Callable[[int], None]) -
             yield f"index/{name}.npy holds {stored.dtype} {list(stored.shape)}, not {dtype} {list(shape)}"
     for column, categories in promises.columns.items():
         codes = part.codes(column)
-        if codes.min() < -1 or codes.max() >= len(categories):
+        if codes.min() < (0 if column == "dataset" else -1) or codes.max() >= len(categories):
             yield f"index/codes/{column}.npy has codes outside its {len(categories)} categories"
             if column == "dataset":
                 return

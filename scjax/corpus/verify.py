@@ -44,7 +44,7 @@ def verify(corpus: Corpus, progress: bool, workers: int | None = None) -> Findin
     Args:
       corpus: local or remote.
       progress: show a progress bar.
-      workers: parts that are checked side by side; by default as many as there are cores, at most 16.
+      workers: parts that are checked side by side; by default as many as there are cores, at most 8.
     """
     from scjax.corpus.invariants import Promises  # here, because numba takes a while to import
 
@@ -52,7 +52,7 @@ def verify(corpus: Corpus, progress: bool, workers: int | None = None) -> Findin
     findings += damaged(corpus.store, corpus.manifest["objects"]).values()
     findings += [] if findings else _totals(corpus)
     promises = None if findings else Promises.of(corpus)
-    workers = workers or min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
+    workers = workers or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
     cells = np.zeros(len(corpus.datasets), np.int64)
     with cell_progress(progress) as bar, ThreadPoolExecutor(workers) as pool:
         task = bar.add_task(f"checking {len(corpus.parts):,} parts", total=len(corpus))
