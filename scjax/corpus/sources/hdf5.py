@@ -106,7 +106,7 @@ class _Chunks:
 
 
 def _inflate() -> tuple[Callable[..., bytes], Any]:
-    """``zlib.decompress`` and its error, or a faster one where it is installed (``pip install isal``)."""
+    """``zlib.decompress`` and its error, or a faster one where it is installed (``scjax[build]``)."""
     try:
         from isal import isal_zlib
     except ImportError:
