@@ -263,6 +263,7 @@ class FileServer(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _FileHandler)
         self.folder = folder
         self.requests: list[tuple[str, str]] = []  # path, Range header
+        self.ranges = True
 
     @property
     def url(self) -> str:
@@ -288,12 +289,13 @@ class _FileHandler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         size, span = path.stat().st_size, self.headers.get("Range", "bytes=0-")
+        span = span if self.server.ranges else "bytes=0-"
         first, last = span.removeprefix("bytes=").split("-")
         last = min(int(last or size - 1), size - 1)
         with open(path, "rb") as file:
             file.seek(int(first))
             content = file.read(last + 1 - int(first))
-        if "Range" in self.headers:
+        if "Range" in self.headers and self.server.ranges:
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
         else:

@@ -108,6 +108,14 @@ def test_what_is_no_corpus_is_said(server, tmp_path, file_server, local):
             Corpus.open(where)
 
 
+def test_a_server_without_ranges_is_told(server):
+    server.ranges = False
+    far = Corpus.open(server.url, cache=False)
+    with pytest.raises(StoreError, match=r"nnz.npy: reading .* must answer requests for ranges of a file"):
+        far.read([0])
+    assert len([path for path, span in server.requests if "nnz.npy" in path and span]) == 1
+
+
 WRITERS = {
     "append": lambda url: append_corpus(url, [study(20, 0)]),
     "build": lambda url: build_corpus([study(20, 0)], url),
@@ -125,6 +133,7 @@ def test_a_url_is_not_written_to(write, tmp_path, monkeypatch):
 
 
 def test_nobody_listens():
+    pytest.importorskip("obstore")
     with pytest.raises(StoreError, match=r"127.0.0.1:9/HEAD: reading it failed 3 times in .* s, the last"):
         Corpus.open("http://127.0.0.1:9", cache=False, patience=QUICK)
 

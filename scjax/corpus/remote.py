@@ -31,8 +31,8 @@ class Patience:
 
     Attributes:
       timeout: seconds that one request of at most 8 MiB may take.
-      total: seconds after which no further request is begun; nothing takes longer than both together.
-      attempts: requests for one thing, at most.
+      total: seconds after which no further request for the same range is begun.
+      attempts: requests for the same range, at most.
       pause: seconds before the second request, doubled before each further one, at most 15.
     """
 
@@ -150,6 +150,11 @@ class RemoteStore:
                 raise FileNotFoundError(2, "no such object", self.where(name)) from None
             except (errors.PermissionDeniedError, errors.UnauthenticatedError, PermissionError) as error:
                 raise StoreError(f"{self.where(name)}: {what} is not allowed: {_brief(error)}") from error
+            except errors.NotSupportedError as error:
+                raise StoreError(
+                    f"{self.where(name)}: {what} is not possible: {_brief(error)}; the server must answer "
+                    "requests for ranges of a file"
+                ) from error
             except (errors.BaseError, OSError) as error:
                 cause = error
             short += isinstance(cause, _ShortError)
