@@ -14,8 +14,6 @@ from scjax.cli.corpus import account
 from scjax.cli.main import main
 from scjax.corpus import Corpus
 
-pytest_plugins = ["s3"]
-
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
