@@ -16,7 +16,7 @@ from typing import Any
 
 from scjax.corpus import locks
 from scjax.corpus.commit import NothingKeptError, commit, finished, record_of
-from scjax.corpus.executors import beside, here, n_workers, on_dask
+from scjax.corpus.executors import Processes, beside, here, n_workers, on_dask
 from scjax.corpus.format import Layout
 from scjax.corpus.plan import Base, Options, Study, make_plan, plan_key
 from scjax.corpus.progress import BuildProgress, cell_progress
@@ -108,8 +108,8 @@ def carry_out(request: Request) -> str | None:
                     args = request.studies, request.vocabulary, request.options, request.layout
                     make_plan(*args, folder, request.base)
             job = Job(request.root, folder, request.studies)
-            with _disk(job), cell_progress(request.progress) as bar:
-                complete = _stages(request, job, BuildProgress(bar, job))
+            with _disk(job), cell_progress(request.progress) as bar, Processes(job) as processes:
+                complete = _stages(request, job, BuildProgress(bar, job), processes)
             if not complete:
                 return None
             with _only_one(folder / "commit.lock"), _disk(job):
@@ -132,7 +132,7 @@ def carry_out(request: Request) -> str | None:
         return done
 
 
-def _stages(request: Request, job: Job, progress: BuildProgress) -> bool:
+def _stages(request: Request, job: Job, progress: BuildProgress, processes: Processes) -> bool:
     """All tasks in their order, or this share of what can be done now; whether all are done."""
     plan = job.plan
     for word, tasks in (
@@ -163,11 +163,13 @@ def _stages(request: Request, job: Job, progress: BuildProgress) -> bool:
                 )
                 return False
         else:
-            _do(request, job, left, progress)
+            _do(request, job, left, progress, processes)
     return True
 
 
-def _do(request: Request, job: Job, tasks: Sequence[Task], progress: BuildProgress) -> None:
+def _do(
+    request: Request, job: Job, tasks: Sequence[Task], progress: BuildProgress, processes: Processes
+) -> None:
     if not tasks:
         return
     if request.dask is not None:
@@ -177,7 +179,7 @@ def _do(request: Request, job: Job, tasks: Sequence[Task], progress: BuildProgre
     if min(workers, len(tasks)) == 1:
         here(job, tasks, progress)
     else:
-        beside(job, tasks, progress, workers)
+        beside(job, tasks, progress, workers, processes)
 
 
 # ------------------------------------------------------------------ the folder

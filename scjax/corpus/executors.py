@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import pathlib
 import queue
+import signal
 import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
@@ -61,11 +63,16 @@ def _free_bytes() -> int:
 _START = "import sys; from scjax.corpus.executors import serve; serve(int(sys.argv[1]))"
 
 
-def beside(job: Job, tasks: Sequence[Task], report: Report, workers: int) -> None:
+def beside(
+    job: Job, tasks: Sequence[Task], report: Report, workers: int, processes: Processes | None = None
+) -> None:
     """Does the tasks in ``workers`` new processes; those that read sources in memory in this one.
 
     The processes are new interpreters, neither forked (threads and JAX would not survive) nor through
     multiprocessing (which runs the user's script again in each).
+
+    Args:
+      processes: those of an earlier call, to be used again.
 
     Raises:
       What a task raised; RuntimeError if a process died.
@@ -74,7 +81,8 @@ def beside(job: Job, tasks: Sequence[Task], report: Report, workers: int) -> Non
     left = [task for task in tasks if not job.in_memory(task)]
     here(job, ours, report)
     left.reverse()
-    with _processes(min(workers, len(left)), job) as processes:
+    with Processes(job) if processes is None else contextlib.nullcontext(processes) as held:
+        children = held.get(min(workers, len(left)))
         busy: dict[Connection, Task] = {}
 
         def give(connection: Connection) -> None:
@@ -83,7 +91,7 @@ def beside(job: Job, tasks: Sequence[Task], report: Report, workers: int) -> Non
                 report(busy[connection], 0)
                 connection.send(busy[connection])
 
-        for connection in processes:
+        for connection in children:
             give(connection)
         while busy:
             for ready in wait(list(busy)):
@@ -92,7 +100,7 @@ def beside(job: Job, tasks: Sequence[Task], report: Report, workers: int) -> Non
                 try:
                     cells, error = connection.recv()
                 except (EOFError, OSError):
-                    code = processes[connection].wait()
+                    code = children[connection].wait()
                     raise RuntimeError(
                         f"a worker process ended ({'signal' if code < 0 else 'status'} {abs(code)}) at "
                         f"{task[0]} {task[1]} ({job.doing(task)}); if memory ran out, use fewer workers"
@@ -105,28 +113,39 @@ def beside(job: Job, tasks: Sequence[Task], report: Report, workers: int) -> Non
                     give(connection)
 
 
-@contextlib.contextmanager
-def _processes(n: int, job: Job) -> Iterator[dict[Connection, subprocess.Popen[bytes]]]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
-    processes: dict[Connection, subprocess.Popen[bytes]] = {}
-    try:
-        for _ in range(n):
+class Processes:
+    """Worker processes of one job, started when they are asked for, ended with the block."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._held: dict[Connection, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def get(self, n: int) -> dict[Connection, subprocess.Popen[bytes]]:
+        """``n`` of them; those that are there already know the job and need not begin anew."""
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+        while len(self._held) < n:
             ours, theirs = Pipe()
             with theirs:
                 command = [sys.executable, "-c", _START, str(theirs.fileno())]
                 child = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
-            processes[ours] = child
-            ours.send((job.root, job.folder))
-        yield processes
-    finally:
-        for connection, child in processes.items():
+            self._held[ours] = child
+            ours.send((self._job.root, self._job.folder))
+        return dict(itertools.islice(self._held.items(), n))
+
+    def __exit__(self, *_: object) -> None:
+        for connection, child in self._held.items():
             child.kill()
             child.wait()
             connection.close()
+        self._held.clear()
 
 
 def serve(number: int) -> None:
     """The life of a worker process: does what it is sent until its parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
     connection = Connection(number)
     job = Job(*connection.recv())
     tasks: queue.Queue[Task] = queue.Queue()
