@@ -104,6 +104,17 @@ def test_a_missing_part_comes_back_after_gc_has_dropped_the_state_that_it_was_ad
     assert contents(corpus) == before
 
 
+def test_several_processes_repair_as_one_does(tmp_path):
+    root = tmp_path / "c"
+    build_corpus(write(tmp_path / "s", one=90, two=80), root, **TINY)
+    before = contents(root)
+    names = [f"index/{part.id}/total.npy" for part in Corpus.open(root).parts[:2]]
+    for name in names:
+        flip(root / name)
+    assert repair_corpus(root, workers=2, progress=False) == sorted(names)
+    assert contents(root) == before
+
+
 def test_sources_that_moved_changed_or_are_gone(tmp_path):
     sources = write(tmp_path / "here", one=90, two=80)
     root = tmp_path / "c"

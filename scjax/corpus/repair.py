@@ -34,7 +34,9 @@ from scjax.corpus.verify import damaged
 from scjax.genes import Vocabulary
 
 
-def repair_corpus(path: str | os.PathLike[str], sources: Any = None, progress: bool = True) -> list[str]:
+def repair_corpus(
+    path: str | os.PathLike[str], sources: Any = None, workers: int | None = None, progress: bool = True
+) -> list[str]:
     """Replaces what is damaged or missing in a corpus: HEAD, vocabulary, measured genes, parts.
 
     The sources are read again where a part or the measured genes are to be made anew; the vocabulary comes
@@ -44,6 +46,7 @@ def repair_corpus(path: str | os.PathLike[str], sources: Any = None, progress: b
       path: folder of the corpus.
       sources: where the sources are now, if not where they were: name of a data set -> path or AnnData, or
         what ``build_corpus`` was given. Sources that were in memory must be given.
+      workers: processes to read and write parts with, as in ``build_corpus``.
       progress: show a progress bar.
 
     Returns:
@@ -75,7 +78,7 @@ def repair_corpus(path: str | os.PathLike[str], sources: Any = None, progress: b
             wanted = {part: parts[part] for part in record["parts"] if part in parts}
             lost = [s["name"] for s in record["sources"] if state.measured.get(s["name"]) in measured]
             if wanted or lost:
-                repaired += _again(root, work, state, record, wanted, lost, given, progress)
+                repaired += _again(root, work, state, record, wanted, lost, given, workers, progress)
         left = sorted({*broken, *(name for names in parts.values() for name in names)} - {*repaired})
         if left or state.unreadable:
             raise ValueError(_hopeless(root, left, state))
@@ -268,6 +271,7 @@ def _again(
     broken: Mapping[str, Sequence[str]],
     lost: Sequence[str],
     given: Mapping[str, Any],
+    workers: int | None,
     progress: bool,
 ) -> list[str]:
     """Makes damaged parts and measured genes of one build or append again; the objects that were replaced.
@@ -295,7 +299,8 @@ def _again(
             write_whole(folder / "plan.pkl", pickle.dumps(plan, protocol=5))
             job = Job(root, folder, studies)
             with cell_progress(progress) as bar:
-                _carry_out(job, BuildProgress(bar, job))
+                n_cells = sum(state.parts[part]["n_cells"] for part in broken)
+                _carry_out(job, workers, n_cells, BuildProgress(bar, job))
             repaired += _put_parts(root, job, broken)
         return repaired
     finally:
@@ -324,7 +329,8 @@ def _wanted(
     return tuple(number for number, part_id in enumerate(record["parts"]) if part_id in broken)
 
 
-def _carry_out(job: Job, report: BuildProgress) -> None:
+def _carry_out(job: Job, workers: int | None, n_cells: int, report: BuildProgress) -> None:
+    """Reads what the wanted parts need and writes them; ``n_cells`` are theirs."""
     plan = job.plan
     reading: list[Task] = []
     for number, run in enumerate(plan.runs):
@@ -332,16 +338,20 @@ def _carry_out(job: Job, report: BuildProgress) -> None:
             reading.append(("map", number))
         else:
             _empty_fragment(job, number)
-    writing_ = [task for task in job.last_tasks() if plan.only is None or task[1] in plan.only]
-    for word, tasks in (("reading", reading), ("", job.middle_tasks()), ("writing", writing_)):
-        if word:
-            n_cells = sum(plan.runs[number][2] - plan.runs[number][1] for _, number in reading)
-            report.stage(word, n_cells if word == "reading" else 0, 0)
-        workers = min(n_workers(job, None), max(1, len(tasks)))
-        if workers == 1:
-            here(job, tasks, report)
-        else:
-            beside(job, tasks, report, workers)
+    parts = [task for task in job.last_tasks() if plan.only is None or task[1] in plan.only]
+    report.stage("reading", sum(last - first for _, first, last in (plan.runs[n] for _, n in reading)), 0)
+    _do(job, [*reading], workers, report)
+    _do(job, job.middle_tasks(), workers, report)
+    report.stage("writing", plan.n_cells if plan.only is None else n_cells, 0)
+    _do(job, parts, workers, report)
+
+
+def _do(job: Job, tasks: list[Task], workers: int | None, report: BuildProgress) -> None:
+    n = min(n_workers(job, workers), len(tasks))
+    if n > 1:
+        beside(job, tasks, report, n)
+    else:
+        here(job, tasks, report)
 
 
 def _has_wanted(job: Job, run: tuple[int, int, int]) -> bool:
