@@ -91,6 +91,7 @@ class Proxy(http.server.ThreadingHTTPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the body waits 40 ms for the headers to be acknowledged
     server: Proxy
 
     def log_message(self, *args) -> None:
@@ -275,6 +276,7 @@ class FileServer(http.server.ThreadingHTTPServer):
 
 class _FileHandler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the body waits 40 ms for the headers to be acknowledged
     server: FileServer
 
     def log_message(self, *args) -> None:
