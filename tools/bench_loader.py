@@ -43,7 +43,7 @@ SLOTS = 2048
 OWN = ("floor", "csr", "padded", "labelled")
 BIG = ("csr-big", "padded-big")
 RATES = ("cells_per_s", "cells_per_core_s")
-FIGURES = (*RATES, "first_batch_s", "import_s", "peak_mb", "anon_mb")
+FIGURES = (*RATES, "first_batch_s", "first_batch_cpu_s", "import_s", "peak_mb", "anon_mb")
 
 
 def floor(args: argparse.Namespace) -> Iterator[int]:
@@ -220,7 +220,7 @@ def table(middle: dict[str, dict[str, Any]]) -> str:
         "cells per core-s [range]",
         "of floor",
         "of annbatch",
-        "first batch s",
+        "first batch s (CPU)",
         "imports s",
     ]
     out = [" | ".join([*head, "peak MB (anon)", "settings"]), "|".join(["---"] * (len(head) + 2))]
@@ -234,7 +234,7 @@ def table(middle: dict[str, dict[str, Any]]) -> str:
                     f"{row['cells_per_core_s']:,.0f} [{low:,}–{high:,}]",
                     f"{row.get('cells_per_core_s_of_floor', '')}",
                     f"{row.get('cells_per_core_s_of_annbatch', '')}",
-                    "" if what == "floor" else f"{row['first_batch_s']:.2f}",
+                    "" if what == "floor" else f"{row['first_batch_s']:.2f} ({row['first_batch_cpu_s']:.2f})",
                     "" if what == "floor" else f"{row['import_s']:.1f}",
                     f"{row['peak_mb']:,.0f} ({row['anon_mb']:,.0f})",
                     row["settings"],

@@ -93,14 +93,15 @@ def measure(
       more: further entries of the result.
 
     Returns:
-      what, cells, cells_per_s, cells_per_core_s, import_s, first_batch_s, peak_mb (VmHWM), anon_mb.
+      what, cells, cells_per_s, cells_per_core_s, import_s, first_batch_s (first_batch_cpu_s is the
+      processor time in it), peak_mb (VmHWM), anon_mb.
     """
     watch = _Watch()
     watch.start()
-    imported = time.perf_counter()
+    imported, cpu = time.perf_counter(), _cpu()
     batches = start()
     next(batches)
-    first = time.perf_counter()
+    first, first_cpu = time.perf_counter(), _cpu() - cpu
     while time.perf_counter() < first + warm_up:
         next(batches)
     wall, cpu, cells = time.perf_counter(), _cpu(), 0
@@ -117,6 +118,7 @@ def measure(
         "cells_per_core_s": round(cells / cpu),
         "import_s": round(imported - begun, 2),
         "first_batch_s": round(first - imported, 3),
+        "first_batch_cpu_s": round(first_cpu, 3),
         "peak_mb": memory["VmHWM"],
         "anon_mb": max(watch.peak, memory["RssAnon"]),
         **(more or {}),
