@@ -21,7 +21,7 @@ import anndata as ad
 import numpy as np
 import zarr
 
-from scjax.corpus.executors import beside, here, n_workers
+from scjax.corpus.executors import Processes, beside, here, n_workers
 from scjax.corpus.format import Layout
 from scjax.corpus.fragments import Head, whole_folder
 from scjax.corpus.locks import writing
@@ -340,18 +340,15 @@ def _carry_out(job: Job, workers: int | None, n_cells: int, report: BuildProgres
             _empty_fragment(job, number)
     parts = [task for task in job.last_tasks() if plan.only is None or task[1] in plan.only]
     report.stage("reading", sum(last - first for _, first, last in (plan.runs[n] for _, n in reading)), 0)
-    _do(job, [*reading], workers, report)
-    _do(job, job.middle_tasks(), workers, report)
-    report.stage("writing", plan.n_cells if plan.only is None else n_cells, 0)
-    _do(job, parts, workers, report)
-
-
-def _do(job: Job, tasks: list[Task], workers: int | None, report: BuildProgress) -> None:
-    n = min(n_workers(job, workers), len(tasks))
-    if n > 1:
-        beside(job, tasks, report, n)
-    else:
-        here(job, tasks, report)
+    with Processes(job) as processes:
+        for tasks in (reading, job.middle_tasks(), parts):
+            if tasks is parts:
+                report.stage("writing", plan.n_cells if plan.only is None else n_cells, 0)
+            n = min(n_workers(job, workers), len(tasks))
+            if n > 1:
+                beside(job, tasks, report, n, processes)
+            else:
+                here(job, tasks, report)
 
 
 def _has_wanted(job: Job, run: tuple[int, int, int]) -> bool:
