@@ -325,7 +325,10 @@ def test_a_small_vocabulary_makes_narrow_batches(corpus, monkeypatch, group_leng
     for batch, first, second in zip(whole, *halves, strict=False):
         np.testing.assert_array_equal(batch.gene_id, np.concatenate([first.gene_id, second.gene_id]))
     monkeypatch.setattr("scjax.loader.genes.COUNTED", 0)
-    bounded = take(Loader(corpus, 32, vocabulary=few), 3)
+    uncounted = Loader(corpus, 32, vocabulary=few)
+    nnz = uncounted.parts[0].column("nnz", 5, 95)
+    np.testing.assert_array_equal(uncounted.genes_of(0, 5, 95, nnz), np.minimum(nnz, len(few)))
+    bounded = take(uncounted, 3)
     for a, b in zip(bounded, take(Loader(corpus, 32, vocabulary=few, n_buckets=1), 3), strict=True):
         np.testing.assert_array_equal(a.row, b.row)
         np.testing.assert_array_equal(a.n_genes, b.n_genes)
