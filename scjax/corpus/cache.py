@@ -32,7 +32,7 @@ from scjax.corpus.store import Expected, LocalFile, R, StoredFile, T, differs, p
 
 _TOKEN = 16  # bytes after the object's own that tell two copies of one name apart
 _RECORD = np.dtype([("offset", "<u8"), ("length", "<u8"), ("check", "<u4")])
-_LOOK = 2**26  # bytes that are written before the folder's size is looked at, at most
+_LOOK = 2**30  # bytes that are written before the folder's size is looked at, at most
 _ROOM = 0.9  # of the bytes allowed, what is left after some were removed
 _TOUCH = 60.0  # seconds after which a copy in use is marked as used again
 
@@ -45,7 +45,7 @@ class CachedStore:
     def __init__(self, origin: RemoteStore, folder: pathlib.Path, limit: int | None = None) -> None:
         """``limit``: bytes that the folder may hold, with what all other corpora keep there.
 
-        Over it by what is written between two looks (1/8 of it, at most 64 MiB) and by what is being read;
+        Over it by what is written between two looks (1/8 of it, at most 1 GiB) and by what is being read;
         shards go first, those that were not opened for longest before others.
         """
         self.origin, self.limit = origin, limit
