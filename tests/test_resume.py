@@ -93,7 +93,7 @@ def test_refused_before_anything_is_touched(place):
     for change, told in (
         ({"seed": 1}, "seed: 0 -> 1"),
         ({"model__dropout": 0.2}, "model.dropout: 0.1 -> 0.2"),
-        ({"data__corpus": other}, "corpus: "),
+        ({"data__corpus": other}, "began with corpus "),
         ({"data__batch_size": 32}, "batch_size was 16 and is 32"),
     ):
         output = runs.pretrain(
