@@ -6,7 +6,6 @@ import json
 
 import pytest
 import runs
-from s3 import s3_corpus, s3_port, s3_proxy  # noqa: F401  (fixtures)
 from synthetic import synthetic_adata
 
 import scjax
@@ -41,7 +40,7 @@ def losses(workdir):
     }
 
 
-def test_a_corpus_in_an_object_store_trains_a_model(place, s3_corpus):  # noqa: F811
+def test_a_corpus_in_an_object_store_trains_a_model(place, s3_corpus):
     _, local = train(place, "local", corpus=place / "corpus")
     url = s3_corpus(place / "corpus")
     s3_corpus.proxy.spoil("503", "X/indices", times=2)  # a store that is busy, hangs up, or cuts short
