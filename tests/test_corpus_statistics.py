@@ -99,7 +99,9 @@ class TestCache:
 
     def test_belongs_to_one_state_of_the_corpus(self, two):
         first = two.statistics(progress=False)
-        grown = Corpus(two.path, "0123456789ab", {**two.manifest, "parts": two.manifest["parts"][1:]}, two.store)
+        grown = Corpus(
+            two.path, "0123456789ab", {**two.manifest, "parts": two.manifest["parts"][1:]}, two.store
+        )
         assert grown.statistics(progress=False).n_cells.max() < first.n_cells.max()
         assert len(list((two.path / "statistics").iterdir())) == 2
 
