@@ -218,7 +218,6 @@ KILLER = """
     import os, pathlib, shutil, signal, sys
     from scjax.corpus import Corpus
     from scjax.corpus.gc import gc_corpus
-from scjax.corpus.repair import repair_corpus
     root, work, clean = map(pathlib.Path, sys.argv[1:])
     def tree(folder):
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
