@@ -112,8 +112,8 @@ def pretrain(config: RunConfig, workdir: str) -> None:
     progress.say(summary(mesh))
     progress.say(
         f"corpus {corpus.manifest_id}: {len(corpus):,} cells, {len(vocabulary):,} genes; an epoch is "
-        f"{loader.steps_per_epoch:,} batches of {loader.batch_size} cells, {loader.over_read:.2f} decoded for "
-        f"each, padded to {loader.bucket_lengths} genes"
+        f"{loader.steps_per_epoch:,} batches of {loader.batch_size} cells, padded to {loader.bucket_lengths} "
+        f"genes; {loader.over_read:.2f} cells are decoded for each"
     )
     for note in tables.notes:
         progress.say(f"table {note}")
