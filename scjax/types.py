@@ -55,8 +55,9 @@ class SparseBatch:
 
     Attributes:
       indptr: int64 [B + 1], where each row begins; the last is the number of elements.
-      gene_id: int32 [indptr[B]], vocabulary id.
-      count: float32 [indptr[B]], raw counts.
+      gene_id: uint16 or uint32 [indptr[B]], vocabulary id.
+      count: uint16, uint32 or float32 [indptr[B]], raw counts, as narrow as the corpus stores them: what goes
+        to a device should be few bytes.
       depth: float32 [B], total counts of the whole cell before any truncation.
       n_genes: int32 [B], elements of each row; 0 where the row only fills the batch.
       row: uint32 [B], global cell number: the key for randomness and for joins.

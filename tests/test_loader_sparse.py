@@ -32,7 +32,8 @@ def assert_same_cells(rows: SparseBatch, padded: CellBatch):
     np.testing.assert_array_equal(np.diff(rows.indptr), padded.n_genes)
     np.testing.assert_array_equal(rows.gene_id, padded.gene_id[used])  # row by row, in the same order
     np.testing.assert_array_equal(rows.count, padded.count[used])
-    assert (rows.gene_id.dtype, rows.count.dtype, rows.indptr.dtype) == (np.int32, np.float32, np.int64)
+    # as narrow as the corpus has them; one of its cells has a count above 65,535
+    assert (rows.gene_id.dtype, rows.count.dtype, rows.indptr.dtype) == (np.uint16, np.uint32, np.int64)
     assert rows.indptr[0] == 0 and rows.indptr[-1] == rows.gene_id.size == rows.count.size
     assert len(rows) == len(padded.row)
 
@@ -56,7 +57,9 @@ def test_sparse_rows_are_the_stored_ones(corpus):
     for batch in take(Loader(corpus, 64, sparse=True), 5):
         x = sparse.csr_matrix((batch.count, batch.gene_id, batch.indptr), shape=(64, n_genes))
         stored = corpus.read(batch.row).X
-        assert (np.diff(batch.gene_id)[np.diff(np.repeat(np.arange(64), batch.n_genes)) == 0] > 0).all()
+        assert (
+            np.diff(batch.gene_id.astype(int))[np.diff(np.repeat(np.arange(64), batch.n_genes)) == 0] > 0
+        ).all()
         assert (x != stored).nnz == 0 and x.nnz == stored.nnz
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from scjax.corpus.format import index_dtype
 from scjax.corpus.reader import PartReader, ShardCache
 from scjax.loader.buckets import batch_lengths, choose_lengths, round_up
 from scjax.loader.genes import GeneTables
@@ -68,6 +69,7 @@ class Loader:
       bucket_lengths: the values L takes. All processes use the same one at the same step.
       labels: names of the label columns in a batch.
       order: the ``Order`` of the rows.
+      sparse_dtypes: of the genes and counts of a ``SparseBatch``: as narrow as the corpus stores them.
       luts, lut_of_part: int32 [k, genes] and int64 [parts], from the genes of a part to those of a batch; see
         ``GeneTables``.
       code_maps: label -> for each part, int32 array from its codes to those of ``corpus.columns``, or None
@@ -240,6 +242,7 @@ class Loader:
         counts = {np.dtype(part.x_dtype) for part in self.parts}
         floats = any(dtype.kind == "f" for dtype in counts)
         self.count_dtypes = (indices, np.dtype(np.float32) if floats else np.result_type(*counts))
+        self.sparse_dtypes = (index_dtype(len(wanted)), self.count_dtypes[1])
 
     def _spec(self, weights: Spec | None) -> Spec | None:
         """The weights that are asked for, and those that a mixture brings along."""

@@ -229,7 +229,7 @@ class Rows:
 
         Args:
           indptr: int64[B + 1], where each row goes: ``count()`` elements, at most ``max_genes``.
-          gene_id, count: int32 and float32, [indptr[B]], filled here.
+          gene_id, count: [indptr[B]], of types that hold the ids and counts, filled here.
           max_genes, key: as in ``pad``.
         """
         keep = np.iinfo(np.int64).max if max_genes is None else max_genes
@@ -241,7 +241,7 @@ def prepare(dtypes: tuple[np.dtype, np.dtype], sparse: bool) -> None:
     none, at = np.empty(0, np.int32), np.empty(0, np.uint64)
     rows = Rows(at, at, none, np.empty(0, np.uint32), dtypes, None, none)
     if sparse:
-        rows.join(np.zeros(1, np.int64), none, np.empty(0, np.float32))
+        rows.join(np.zeros(1, np.int64), np.empty(0, dtypes[0]), np.empty(0, dtypes[1]))
     else:
         rows.pad(np.empty((0, 1), np.int32), np.empty((0, 1), np.float32), none)
 

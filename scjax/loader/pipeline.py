@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import heapq
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -275,7 +275,7 @@ class Pipeline:
             loader.luts,
             self._lut.ravel()[mine],
         )
-        fields: dict[str, tuple[tuple[int, ...], type]] = {
+        fields: dict[str, tuple[tuple[int, ...], Any]] = {
             "depth": ((B,), np.float32),
             "n_genes": ((B,), np.int32),
             "row": ((B,), np.uint32),
@@ -290,8 +290,8 @@ class Pipeline:
             size = int(n_genes.sum(dtype=np.int64))
             room = (size + size // 16,)  # or a batch that is a little longer than all before needs new memory
             fields |= {
-                "gene_id": (room, np.int32),
-                "count": (room, np.float32),
+                "gene_id": (room, loader.sparse_dtypes[0]),
+                "count": (room, loader.sparse_dtypes[1]),
                 "indptr": ((B + 1,), np.int64),
             }
             out = self._slabs.take(fields)
