@@ -291,17 +291,7 @@ class Corpus:
         Raises:
           IndexError: a row outside 0 .. len - 1.
         """
-        if isinstance(rows, slice):
-            rows = np.arange(*rows.indices(len(self)))
-        rows = np.atleast_1d(np.asarray(rows))
-        if rows.dtype == bool:
-            if len(rows) != len(self):
-                raise IndexError(f"a mask of {len(rows)} over a corpus of {len(self)} cells")
-            rows = np.flatnonzero(rows)
-        rows = rows.astype(np.int64)
-        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
-            bad = int(rows[(rows < 0) | (rows >= len(self))][0])
-            raise IndexError(f"row {bad}: the corpus has rows 0 to {len(self) - 1}")
+        rows = row_numbers(rows, len(self), "corpus")
         n_genes = self.manifest["vocabulary"]["n_genes"]
         wanted, order = np.unique(rows, return_inverse=True)
         firsts = np.array([part.first_row for part in self.parts] + [len(self)])
@@ -356,6 +346,26 @@ class Corpus:
 def _join(path: Any, name: str) -> Any:
     """The path of an object: a Path under a folder, text under a URL."""
     return path / name if isinstance(path, pathlib.Path) else f"{path}/{name}"
+
+
+def row_numbers(rows: Any, n: int, what: str) -> np.ndarray:
+    """int64, the cells that a list of row numbers, a slice or a boolean mask over ``n`` cells names.
+
+    Raises:
+      IndexError: a row outside 0 .. n - 1, or a mask of another length; the message calls all ``what``.
+    """
+    if isinstance(rows, slice):
+        rows = np.arange(*rows.indices(n))
+    rows = np.atleast_1d(np.asarray(rows))
+    if rows.dtype == bool:
+        if len(rows) != n:
+            raise IndexError(f"a mask of {len(rows)} over a {what} of {n} cells")
+        rows = np.flatnonzero(rows)
+    rows = rows.astype(np.int64)
+    if len(rows) and not 0 <= rows.min() <= rows.max() < n:
+        bad = int(rows[(rows < 0) | (rows >= n)][0])
+        raise IndexError(f"row {bad}: the {what} has rows 0 to {n - 1}")
+    return rows
 
 
 def _read_part(part: Part, rows: np.ndarray, n_genes: int) -> tuple[sparse.csr_matrix, pd.DataFrame]:

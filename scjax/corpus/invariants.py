@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anndata as ad
-import numba
 import numpy as np
 
+from scjax.corpus.compiled import compiled
 from scjax.corpus.format import BLOCK
 from scjax.corpus.index import column_layout
 from scjax.corpus.kernels import content_hash
@@ -129,14 +129,7 @@ def _counts(
         first = end
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # nowhere to keep the compiled code, as in a read-only container
-        return numba.njit(nogil=True)(function)
-
-
-@_compiled
+@compiled
 def _look(starts, genes, counts, dataset, total, measured, n_genes):
     """(number in _WRONG, cell) of the first cell that breaks a promise; (0, 0) where all keep them."""
     for cell in range(dataset.size):

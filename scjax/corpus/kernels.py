@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numba
 import numpy as np
-from numba.core import cgutils, types
-from numba.extending import intrinsic
+
+from scjax.corpus.compiled import compiled, pointer
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # nowhere to keep the compiled code, as in a read-only container
-        return numba.njit(nogil=True)(function)
-
-
-@intrinsic
-def _pointer(typing_context, address):
-    def build(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(address), build
-
-
-@_compiled
+@compiled
 def all_counts(values: np.ndarray, beyond: float, fractions: bool) -> bool:
     """Whether every value is at least 0, below ``beyond`` and, unless ``fractions``, whole. NaN is not."""
     good = True
@@ -38,7 +20,7 @@ def all_counts(values: np.ndarray, beyond: float, fractions: bool) -> bool:
     return good
 
 
-@_compiled
+@compiled
 def relabel(
     indptr,
     indices,
@@ -140,7 +122,7 @@ def relabel(
     return -1
 
 
-@_compiled
+@compiled
 def _trailing_zeros(bits: np.uint64) -> int:
     n = 0
     if bits & np.uint64(0xFFFFFFFF) == 0:
@@ -161,7 +143,7 @@ def _trailing_zeros(bits: np.uint64) -> int:
     return n + int(bits & np.uint64(1) == 0)
 
 
-@_compiled
+@compiled
 def gather(address, length, to, like, out, check):
     """Copies rows from memory addresses to places in ``out``.
 
@@ -178,7 +160,7 @@ def gather(address, length, to, like, out, check):
         if n == 0:
             check[row] = 0
             continue
-        source = numba.carray(_pointer(address[row]), n, like.dtype)  # type: ignore[call-arg]
+        source = numba.carray(pointer(address[row]), n, like.dtype)  # type: ignore[call-arg]
         at = to[row]
         into = out[at : at + n]
         sum_ = np.uint32(0)  # of 32 bits: the processor multiplies eight of these at once
@@ -188,7 +170,7 @@ def gather(address, length, to, like, out, check):
         check[row] = sum_
 
 
-@_compiled
+@compiled
 def _mix(z: np.uint64) -> np.uint64:
     """The finaliser of splitmix64: every bit of the input moves every bit of the output."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -196,7 +178,7 @@ def _mix(z: np.uint64) -> np.uint64:
     return z ^ (z >> np.uint64(31))
 
 
-@_compiled
+@compiled
 def content_hash(genes, counts, nnz, out):
     """uint64 [rows, 2]: a hash of the genes of each row and their counts, whatever the type they are held in.
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from scjax.corpus.corpus import Corpus, Part
+from scjax.corpus.corpus import Corpus, Part, row_numbers
 from scjax.corpus.manifest import digest
 from scjax.genes import Vocabulary
 
@@ -222,17 +222,7 @@ class Mixture:
         Raises:
           IndexError: a row outside 0 .. len - 1.
         """
-        if isinstance(rows, slice):
-            rows = np.arange(*rows.indices(len(self)))
-        rows = np.atleast_1d(np.asarray(rows))
-        if rows.dtype == bool:
-            if len(rows) != len(self):
-                raise IndexError(f"a mask of {len(rows)} over a mixture of {len(self)} cells")
-            rows = np.flatnonzero(rows)
-        rows = rows.astype(np.int64)
-        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
-            bad = int(rows[(rows < 0) | (rows >= len(self))][0])
-            raise IndexError(f"row {bad}: the mixture has rows 0 to {len(self) - 1}")
+        rows = row_numbers(rows, len(self), "mixture")
         pieces: list[tuple[sparse.csr_matrix, pd.DataFrame]] = []
         at: list[np.ndarray] = []
         for name, corpus in self.members.items():

@@ -16,13 +16,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numba
 import numpy as np
 import pandas as pd
 import rich.table
 
+from scjax.corpus.compiled import compiled
 from scjax.corpus.progress import cell_progress
 from scjax.corpus.reader import PartReader
 
@@ -183,25 +183,18 @@ def _runs(part: Part) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.n
             yield coming.result()
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # nowhere to keep the compiled code, as in a read-only container
-        return numba.njit(nogil=True)(function)
-
-
-@_compiled
+@compiled
 def _place(x: float) -> float:
     """Where a value lies, in wide bins from the lowest."""
     return (np.log2(x) - _FIRST_OCTAVE) * _WIDE
 
 
-@_compiled
+@compiled
 def _bin(place: float) -> int:
     return min(max(int(np.floor(place)), 0), _BINS - 1)
 
 
-@_compiled
+@compiled
 def _fill_wide(genes, counts, indptr, scale, sums, wide):
     for cell in range(scale.size):
         for k in range(indptr[cell], indptr[cell + 1]):
@@ -210,7 +203,7 @@ def _fill_wide(genes, counts, indptr, scale, sums, wide):
             wide[genes[k], _bin(_place(x))] += 1
 
 
-@_compiled
+@compiled
 def _fill_narrow(genes, counts, indptr, scale, low, high, narrow, largest, smallest):
     for cell in range(scale.size):
         for k in range(indptr[cell], indptr[cell + 1]):

@@ -6,35 +6,19 @@ import contextlib
 import dataclasses
 import mmap
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
-from numba.core import cgutils, types
-from numba.extending import intrinsic
+
+from scjax.corpus.compiled import compiled, pointer
 
 _ALIGN = 64  # JAX takes numpy memory as it is on the CPU where it begins at such an address
 _LARGE_PAGE = 2**21
 _NO_LUT = np.empty((1, 0), np.int32)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # nowhere to keep the compiled code, as in a read-only container
-        return numba.njit(nogil=True)(function)
-
-
-@intrinsic
-def _pointer(typing_context, address):
-    def build(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(address), build
-
-
-@_compiled
+@compiled
 def _mix(z: np.uint64) -> np.uint64:
     """The finaliser of splitmix64: every bit of the input moves every bit of the output."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -42,7 +26,7 @@ def _mix(z: np.uint64) -> np.uint64:
     return z ^ (z >> np.uint64(31))
 
 
-@_compiled
+@compiled
 def _choose(known, keep, state, marks):
     """A uniform random subset of ``keep`` of ``known`` things, as bits of ``marks`` (uint64[known / 64]).
 
@@ -65,7 +49,7 @@ def _choose(known, keep, state, marks):
             marks[w] = ~marks[w]
 
 
-@_compiled
+@compiled
 def _known(indices, lut):
     known = 0
     for k in range(indices.size):
@@ -73,7 +57,7 @@ def _known(indices, lut):
     return known
 
 
-@_compiled
+@compiled
 def _row(indices, data, lut, keep, state, marks, gene, count):
     """One row into the front of ``gene`` and ``count``; returns how many of its genes were written."""
     n = indices.size
@@ -116,19 +100,19 @@ def _row(indices, data, lut, keep, state, marks, gene, count):
     return filled
 
 
-@_compiled
+@compiled
 def _state(key, row):
     return _mix(key ^ _mix(np.uint64(row) + np.uint64(0x9E3779B97F4A7C15)))
 
 
-@_compiled
+@compiled
 def _pack(at, length, row, like, luts, which, keep, key, gene_id, count, n_genes):
     marks = np.empty((max(length.max(), 1) + 63) >> 6, np.uint64) if length.size else np.empty(1, np.uint64)
     for b in range(length.size):
         n, filled = length[b], 0
         if n > 0:
-            indices = numba.carray(_pointer(at[0][b]), n, like[0].dtype)  # type: ignore[call-arg]
-            data = numba.carray(_pointer(at[1][b]), n, like[1].dtype)
+            indices = numba.carray(pointer(at[0][b]), n, like[0].dtype)  # type: ignore[call-arg]
+            data = numba.carray(pointer(at[1][b]), n, like[1].dtype)
             state = _state(key, row[b])
             filled = _row(indices, data, luts[which[b]], keep, state, marks, gene_id[b], count[b])
         n_genes[b] = filled
@@ -136,24 +120,24 @@ def _pack(at, length, row, like, luts, which, keep, key, gene_id, count, n_genes
         count[b, filled:] = 0
 
 
-@_compiled
+@compiled
 def _pack_rows(at, length, row, like, luts, which, keep, key, indptr, gene_id, count):
     marks = np.empty((max(length.max(), 1) + 63) >> 6, np.uint64) if length.size else np.empty(1, np.uint64)
     for b in range(length.size):
         n, low, high = length[b], indptr[b], indptr[b + 1]
         if n > 0 and high > low:
-            indices = numba.carray(_pointer(at[0][b]), n, like[0].dtype)  # type: ignore[call-arg]
-            data = numba.carray(_pointer(at[1][b]), n, like[1].dtype)
+            indices = numba.carray(pointer(at[0][b]), n, like[0].dtype)  # type: ignore[call-arg]
+            data = numba.carray(pointer(at[1][b]), n, like[1].dtype)
             state = _state(key, row[b])
             _row(indices, data, luts[which[b]], keep, state, marks, gene_id[low:high], count[low:high])
 
 
-@_compiled
+@compiled
 def _count(indices_at, length, like, luts, which, n_genes):
     for b in range(length.size):
         n_genes[b] = 0
         if length[b] > 0:
-            indices = numba.carray(_pointer(indices_at[b]), length[b], like.dtype)  # type: ignore[call-arg]
+            indices = numba.carray(pointer(indices_at[b]), length[b], like.dtype)  # type: ignore[call-arg]
             n_genes[b] = _known(indices, luts[which[b]])
 
 

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # nowhere to keep the compiled code, as in a read-only container
-        return numba.njit(nogil=True)(function)
+from scjax.corpus.compiled import compiled
 
 
-@_compiled
+@compiled
 def tidy(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray) -> bool:
     """Whether the indices of every row of a CSR matrix rise and no stored value is zero."""
     good = True
@@ -30,7 +21,7 @@ def tidy(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray) -> bool:
     return good
 
 
-@_compiled
+@compiled
 def join(content: np.ndarray, length: int, skip: int, out: np.ndarray) -> None:
     """Undoes HDF5's shuffle, which stores the first bytes of all elements, then the second bytes, ...
 
