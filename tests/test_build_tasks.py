@@ -1,6 +1,7 @@
 """The tasks of a build: the same bytes whoever does them, in whatever order; failures keep finished work."""
 
 import errno
+import json
 import os
 import pathlib
 import subprocess
@@ -403,3 +404,11 @@ def test_progress_says_what_is_read_and_written(files, tmp_path, capsys, monkeyp
     for line, what in zip(lines[-2:], ("reading 3 sources", "writing 5 parts"), strict=True):
         assert what in line and "270/270 cells" in line and "cells/s" in line
     assert {"reading a, b", "writing part 1, 2 of 5"} <= set(said)
+
+
+def test_a_word_on_what_is_kept_does_not_hide_an_error(tmp_path):
+    (tmp_path / "map-000000").mkdir()
+    kept = "1 finished pieces of work are kept"
+    assert kept in str(engine._with_word(ValueError("bad"), tmp_path))
+    error = json.JSONDecodeError("bad", "{", 1)  # cannot be made again of its message alone
+    assert engine._with_word(error, tmp_path) is error

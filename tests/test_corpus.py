@@ -156,6 +156,8 @@ def test_read_any_rows_in_any_order(two):
     for bad in ([500], [-1]):
         with pytest.raises(IndexError, match=rf"row {bad[0]}: the corpus has rows 0 to 499"):
             corpus.read(bad)
+    with pytest.raises(IndexError, match="rows of a corpus are whole numbers, not float64"):
+        corpus.read([1.5])
 
 
 def test_splits(two):

@@ -112,6 +112,19 @@ def test_columns_that_are_mapped_by_hand():
         ObsSchema(None, (), {"cell_type": ["a"], "CellType": ["b"]})
 
 
+def test_numbers_that_int64_does_not_hold_become_text():
+    large = pd.DataFrame({"hash": np.array([2**64 - 1, 3], np.uint64), "n": np.array([1, 2], np.uint64)})
+    schema = ObsSchema(None, ())
+    schema.add(large, "a")
+    schema.add(
+        pd.DataFrame({"hash": np.array([7], np.int8), "n": [3], "none": pd.array([None], "Int64")}), "b"
+    )
+    schema.finish()
+    assert schema.kinds == {"hash": "text", "n": np.dtype(np.int64), "none": np.dtype(np.float64)}
+    encoded = schema.encode(large)
+    assert list(encoded["hash"]) == [str(2**64 - 1), "3"] and list(encoded["n"]) == [1, 2]
+
+
 def test_a_column_called_like_the_data_sets_keeps_out_of_the_labels():
     study = frame(Dataset="ab", donor="cd")
     schema = schema_of(study)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from loading import build, study, two_studies
 
 from scjax.corpus import Corpus, append_corpus, build_corpus
-from scjax.corpus.cache import CachedStore, _Ranges
+from scjax.corpus.cache import CachedStore, _Ranges, shrink
 from scjax.corpus.gc import gc_corpus
 from scjax.corpus.reader import PartReader
 from scjax.corpus.remote import Patience
@@ -309,6 +309,20 @@ def test_a_cache_stays_small_and_its_readers_go_on(server, local, tmp_path):
     for _ in range(3):
         same(bounded, local)
         assert sum(held(cache).values()) <= limit + limit // 8 + 65536
+
+
+def test_a_bounded_cache_takes_away_its_own_files_only(server, local, tmp_path):
+    cache = tmp_path / "cache"
+    other = [cache / name for name in ("study.h5ad", "sub/deep.bin", "parts/list.txt", "manifests/plan.json")]
+    for path in other:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * 100_000)
+    same(Corpus.open(server.url, cache=cache), local)
+    shrink(cache, 1)
+    assert {path for path in held(cache) if path.name != "lock"} == set(other)
+    before = held(local.path)
+    shrink(local.path, 1)
+    assert held(local.path) == before
 
 
 @pytest.fixture

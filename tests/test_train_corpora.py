@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import pytest
 import runs
@@ -10,7 +11,7 @@ from synthetic import synthetic_adata
 
 import scjax
 from scjax.config import ConfigError, from_config
-from scjax.corpus import append_corpus, open_corpus
+from scjax.corpus import append_corpus, build_corpus, open_corpus
 from scjax.train import DataConfig, open_data
 
 TINY = "tests/tiny_config.py"
@@ -119,3 +120,13 @@ def test_bad_corpora_are_told(place):
         from_config(DataConfig, {"corpus": "a", "batch_size": 4, "weight_level": "cells"}, "config.data")
     with pytest.raises(ConfigError, match="data.shares is for several corpora"):
         open_data(DataConfig("a", 4, shares={"a": 1.0}), place / "bad")
+
+
+def test_a_folder_with_an_at_sign_is_opened_as_it_was_when_the_run_began(tmp_path, monkeypatch):
+    folder = tmp_path / "atlas@2024"
+    began = build_corpus(synthetic_adata(n_cells=50, seed=1), folder, names=["one"], progress=False)
+    append_corpus(folder, synthetic_adata(n_cells=50, seed=2), names=["two"], progress=False)
+    (tmp_path / "model.json").touch()
+    run = types.SimpleNamespace(model={"manifests": [began.manifest_id]})
+    monkeypatch.setattr("scjax.train.run.read_run", lambda workdir: run)
+    assert open_data(DataConfig(str(folder), 4), tmp_path).manifest_id == began.manifest_id

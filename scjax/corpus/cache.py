@@ -17,6 +17,7 @@ import errno
 import fcntl
 import os
 import pathlib
+import re
 import stat
 import threading
 import time
@@ -35,6 +36,11 @@ _RECORD = np.dtype([("offset", "<u8"), ("length", "<u8"), ("check", "<u4")])
 _LOOK = 2**30  # bytes that are written before the folder's size is looked at, at most
 _ROOM = 0.9  # of the bytes allowed, what is left after some were removed
 _TOUCH = 60.0  # seconds after which a copy in use is marked as used again
+# What is written here, and half-written copies of it. The folder may be one that holds other things, too.
+_OURS = re.compile(
+    r"(parts|index|vocab)/.+\.[0-9a-f]{8}|(manifests|statistics)/[0-9a-f]{12}\.(json|npz)"
+    r"|(parts|index|vocab|manifests|statistics)/(.+/)?\..+\.\d+\.(\d+|partial)"
+)
 
 
 class CachedStore:
@@ -352,8 +358,11 @@ class _Ranges:
 def shrink(folder: pathlib.Path, limit: int) -> None:
     """Removes copies from a cache until it holds less than ``limit`` bytes; one process at a time does.
 
-    Shards first, and of these the ones that were not opened or written to for longest.
+    Shards first, and of these the ones that were not opened or written to for longest. Files of others in the
+    folder are neither counted nor touched, and nothing at all where it is the folder of a corpus.
     """
+    if (folder / "HEAD").exists():
+        return
     with contextlib.suppress(OSError), open(folder / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -365,7 +374,8 @@ def shrink(folder: pathlib.Path, limit: int) -> None:
         for path in folder.rglob("*"):
             with contextlib.suppress(FileNotFoundError):
                 state = path.lstat()
-                if stat.S_ISREG(state.st_mode) and path.name != "lock":
+                ours = _OURS.fullmatch(path.relative_to(folder).as_posix())
+                if ours and stat.S_ISREG(state.st_mode):
                     used = state.st_blocks * 512
                     abandoned = path.name.startswith(".") and time.time() - state.st_mtime > 86400
                     copies.append((not abandoned, not _is_shard(str(path)), state.st_mtime_ns, path, used))

@@ -352,7 +352,8 @@ def row_numbers(rows: Any, n: int, what: str) -> np.ndarray:
     """int64, the cells that a list of row numbers, a slice or a boolean mask over ``n`` cells names.
 
     Raises:
-      IndexError: a row outside 0 .. n - 1, or a mask of another length; the message calls all ``what``.
+      IndexError: a row that is no whole number or outside 0 .. n - 1, or a mask of another length; the
+        message calls all ``what``.
     """
     if isinstance(rows, slice):
         rows = np.arange(*rows.indices(n))
@@ -361,6 +362,8 @@ def row_numbers(rows: Any, n: int, what: str) -> np.ndarray:
         if len(rows) != n:
             raise IndexError(f"a mask of {len(rows)} over a {what} of {n} cells")
         rows = np.flatnonzero(rows)
+    if len(rows) and rows.dtype.kind not in "iu":  # an empty list is of floats
+        raise IndexError(f"rows of a {what} are whole numbers, not {rows.dtype}")
     rows = rows.astype(np.int64)
     if len(rows) and not 0 <= rows.min() <= rows.max() < n:
         bad = int(rows[(rows < 0) | (rows >= n)][0])

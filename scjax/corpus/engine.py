@@ -287,7 +287,10 @@ def _with_word(error: BaseException, folder: pathlib.Path) -> BaseException:
     if isinstance(error, OSError) and error.errno is not None:
         changed = type(error)(error.errno, f"{error.strerror}{word}")
     elif len(error.args) == 1 and isinstance(error.args[0], str):
-        changed = type(error)(error.args[0] + word)
+        try:
+            changed = type(error)(error.args[0] + word)
+        except TypeError:  # a class that is made of more than it tells, as JSONDecodeError
+            return error
     else:
         return error
     for note in getattr(error, "__notes__", ()):

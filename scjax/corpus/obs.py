@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+_MAX_INT = np.iinfo(np.int64).max
 MAX_CATEGORIES = 4096  # a text column with more values than this is kept as plain text
 RESERVED = ("scjax_dataset", "scjax_source_row", "scjax_cell_id")
 _SEPARATORS = re.compile(r"(?<!\d)[-_. ]+|[-_. ]+(?!\d)")
@@ -43,7 +44,8 @@ class ObsSchema:
 
     Categoricals, strings and what else is no number become categories (sorted, at most MAX_CATEGORIES,
     more only in a column asked for as a label) or plain text. Numbers stay numbers; where a study lacks one,
-    it is NaN. Truth values that some study lacks become the categories False and True.
+    it is NaN; those that int64 does not hold become text. Truth values that some study lacks become the
+    categories False and True.
 
     Args:
       labels: columns to keep as labels; None: all categories.
@@ -115,6 +117,8 @@ class ObsSchema:
             values = obs[name]
             column = self._columns.setdefault(key, _Column())
             kind = _kind(values.dtype)
+            if kind == "int" and (values > _MAX_INT).any():
+                kind = "text"
             column.spellings[name] += 1
             column.kinds.add(kind)
             column.studies += 1

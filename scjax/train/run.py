@@ -96,7 +96,7 @@ def open_data(config: DataConfig, workdir: str | pathlib.Path) -> Corpus | Mixtu
         if began and len(began) != len(paths):
             raise ConfigError(f"the run in {workdir} began with {len(began)} corpora, not {len(paths)}")
     for i, manifest in enumerate(began):
-        if "@" not in paths[i].rpartition("/")[2]:
+        if "@" not in paths[i].rpartition("/")[2] or pathlib.Path(paths[i]).exists():
             paths[i] = f"{paths[i]}@{manifest}"
     try:
         return open_corpus(paths[0] if single else paths, config.shares, cache=config.cache)
