@@ -169,6 +169,16 @@ def test_options_are_those_of_the_build(tmp_path):
     assert mixed.manifest["options"]["min_genes"] == 2
 
 
+def test_an_append_in_another_order_does_not_decide_on_later_ones(tmp_path):
+    build(study(1), tmp_path / "c", names=["one"])
+    other = append(tmp_path / "c", study(2), names=["two"], shuffle=False)
+    later = append(tmp_path / "c", study(3), names=["three"])
+    assert other.manifest["shuffled"] is False and later.manifest["shuffled"] is False
+    rows = later.obs["dataset"].to_numpy()
+    order = {name: later.read(np.flatnonzero(rows == name)).obs["scjax_source_row"] for name in set(rows)}
+    assert {name for name, row in order.items() if row.is_monotonic_increasing} == {"two"}
+
+
 def test_names_must_be_new(tmp_path):
     build(study(1), tmp_path / "c", names=["one"])
     with pytest.raises(ValueError, match="holds data sets called one already; give the new ones other names"):

@@ -116,7 +116,8 @@ def append_corpus(
 
 def _options(base: Mapping[str, Any], given: Mapping[str, Any]) -> Options:
     """The options of this append: what was given, else what the corpus was built with."""
-    held = {**base["options"], "seed": base["seed"], "shuffle": base["shuffled"]}
+    # "shuffled" is of all cells, and false after one append without; that is not how the corpus was built
+    held = {"shuffle": base["shuffled"], **base["options"], "seed": base["seed"]}
     held |= {name: given[name] for name in held if name in given}
     held["columns"] = pairs(held["columns"])
     held["orthologs"] = named_tables(given.get("orthologs"))

@@ -221,6 +221,7 @@ def _manifest(
             "drop_duplicates": options.drop_duplicates,
             "validation": options.validation,
             "split_by": options.split_by,
+            "shuffle": options.shuffle,
         },
         "vocabulary": {
             "hash": plan.vocabulary.hash,
