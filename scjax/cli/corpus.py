@@ -172,8 +172,12 @@ def verify(args: argparse.Namespace) -> int:
     for note in getattr(problems, "notes", ()):
         out.print(escape(str(note)), soft_wrap=True)
     out.print(
-        f"{len(corpus):,} cells in {len(corpus.parts)} parts: "
-        + (f"{len(problems)} problems" if problems else "whole and consistent")
+        f"{len(corpus):,} cells in {len(corpus.parts)} part{'s' if len(corpus.parts) != 1 else ''}: "
+        + (
+            f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
+            if problems
+            else "whole and consistent"
+        )
     )
     return 1 if problems else 0
 
@@ -325,7 +329,7 @@ def _add_building(command: argparse.ArgumentParser) -> None:
         "--orthologs",
         action="append",
         metavar="[NAME=]TABLE",
-        help="two columns, source and target gene: maps studies (or the one named) of another species",
+        help="two columns of genes: maps studies of the first one, or the study NAME, to the other",
     )
     command.add_argument("--validation", type=float, metavar="FRACTION", help="cells held out (default: 0)")
     command.add_argument(
