@@ -33,6 +33,18 @@ def test_names_that_are_alike():
     assert alike("_") == "_" and alike("donor2") == alike("donor_2") != alike("donor")
 
 
+def test_a_column_that_nothing_can_become_is_an_error():
+    study = frame(cell_type=["a", "b"])
+    with pytest.raises(
+        KeyError,
+        match=r"no source has an obs column 'label', or one of \['final'\] to become it; "
+        "there are: cell_type",
+    ):
+        schema_of(study, columns={"label": ["final"]})
+    schema = schema_of(study, columns={"label": ["final"]}, base={"label": ["x"]})  # appended to: it is there
+    assert schema.labels["label"] == ["x"]
+
+
 def test_spellings_become_one_label(tmp_path):
     studies = []
     for i, name in enumerate(SPELLINGS):

@@ -165,7 +165,9 @@ def _check_folder(root: pathlib.Path, request: Request) -> None:
     there = sorted(os.listdir(root)) if root.exists() else []
     if "HEAD" in there and not request.is_done():
         head = (root / "HEAD").read_text().strip()
-        raise FileExistsError(f"{root}: holds a corpus already (manifest {head}); choose another folder")
+        raise FileExistsError(
+            f"{root}: holds a corpus already (manifest {head}); choose another folder, or append to it"
+        )
     known = {"HEAD", *FOLDERS} if WORK in there or "HEAD" in there else set()
     foreign = [name for name in there if name not in (WORK, *known)]
     if foreign:

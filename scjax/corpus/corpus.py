@@ -18,6 +18,7 @@ from scipy import sparse
 from scjax.corpus.index import PartIndex
 from scjax.corpus.locks import hold_manifest
 from scjax.corpus.manifest import read_manifest
+from scjax.corpus.progress import counted
 from scjax.corpus.reader import PartReader
 from scjax.corpus.remote import Patience
 from scjax.corpus.store import LocalStore, Store, open_store, read_checked
@@ -219,9 +220,8 @@ class Corpus:
         return self._len
 
     def __repr__(self) -> str:
-        size = (
-            f"{len(self):,} cells, {self.manifest['vocabulary']['n_genes']:,} genes, {len(self.parts)} parts"
-        )
+        genes, parts = self.manifest["vocabulary"]["n_genes"], counted(len(self.parts), "part")
+        size = f"{len(self):,} cells, {genes:,} genes, {parts}"
         return f"Corpus({str(self.path)!r}: {size}, manifest {self.manifest_id})"
 
     @functools.cached_property

@@ -175,7 +175,11 @@ class ObsSchema:
         return names | dict.fromkeys(left)
 
     def finish(self) -> None:
-        """Fixes name, kind and categories of every column. KeyError for a label that no study has."""
+        """Fixes name, kind and categories of every column.
+
+        Raises:
+          KeyError: a label, or a column that others are to be renamed to, that no study has by any name.
+        """
         there = {
             key: self._fixed.get(key) or _best(column.spellings) for key, column in self._columns.items()
         }
@@ -187,6 +191,12 @@ class ObsSchema:
                 f"no obs column {', '.join(map(repr, missing))} in any source; "
                 f"there are: {', '.join(there.values()) or 'none'}"
             )
+        for key, others in self._listed.items():
+            if key not in there and key not in self._base:
+                raise KeyError(
+                    f"columns: no source has an obs column {self._fixed[key]!r}, or one of {others} to "
+                    f"become it; there are: {', '.join(there.values()) or 'none'}"
+                )
         self._names = there | {key: self._fixed[key] for key in self._base}
         self.kinds: dict[str, Any] = {}
         self.categories: dict[str, list[str]] = {}

@@ -9,6 +9,11 @@ import rich.progress
 import rich.text
 
 
+def counted(n: int, what: str) -> str:
+    """ "1 part", "2 parts"."""
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+
+
 class _Speed(rich.progress.ProgressColumn):
     def render(self, task: rich.progress.Task) -> rich.text.Text:
         speed = task.finished_speed or task.speed
@@ -51,7 +56,11 @@ class BuildProgress:
         else:
             self._active[task] = self._active.get(task, 0) + cells
         if not self._active:
-            what = f"{self._parts} parts" if task[0] == "part" else f"{len(self._job.studies)} sources"
+            what = (
+                counted(self._parts, "part")
+                if task[0] == "part"
+                else counted(len(self._job.studies), "source")
+            )
         elif task[0] == "part":
             numbers = sorted(number + 1 for _, number in self._active)
             what = f"part {', '.join(map(str, numbers[:3]))} of {self._parts}"

@@ -12,6 +12,7 @@ import rich.table
 import rich.text
 
 from scjax.corpus.manifest import read_manifest
+from scjax.corpus.progress import counted
 
 if TYPE_CHECKING:
     from scjax.corpus.corpus import Corpus
@@ -45,7 +46,7 @@ def _lines(corpus: Corpus) -> list[str]:
             size += " (of those that are still there)"
     return [
         f"{corpus.path}  (manifest {corpus.manifest_id}, scjax {manifest['scjax']})",
-        f"{n:,} cells ({split}{f', split by {by}' if by else ''}) in {len(corpus.parts):,} parts",
+        f"{n:,} cells ({split}{f', split by {by}' if by else ''}) in {counted(len(corpus.parts), 'part')}",
         f"the cells are {order} (seed {manifest['seed']})",
         f"{manifest['vocabulary']['n_genes']:,} genes (vocabulary {manifest['vocabulary']['hash'][:12]})",
         f"expressed genes per cell: median {quantiles['0.5']:,}, 99% {quantiles['0.99']:,}, "

@@ -15,7 +15,7 @@ import numpy as np
 
 from scjax.corpus.gc import unreferenced
 from scjax.corpus.manifest import read_manifest
-from scjax.corpus.progress import cell_progress
+from scjax.corpus.progress import cell_progress, counted
 from scjax.corpus.store import CorruptDataError, Store
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def verify(corpus: Corpus, progress: bool, workers: int | None = None) -> Findin
     workers = workers or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
     cells = np.zeros(len(corpus.datasets), np.int64)
     with cell_progress(progress) as bar, ThreadPoolExecutor(workers) as pool:
-        task = bar.add_task(f"checking {len(corpus.parts):,} parts", total=len(corpus))
+        task = bar.add_task(f"checking {counted(len(corpus.parts), 'part')}", total=len(corpus))
         jobs = [pool.submit(_part, part, promises, lambda n: bar.advance(task, n)) for part in corpus.parts]
         try:
             for part, job in zip(corpus.parts, jobs, strict=True):

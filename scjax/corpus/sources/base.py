@@ -16,7 +16,15 @@ from scipy import sparse
 
 from scjax.corpus.counts import CountsError, validate_counts
 
+WHOLE_RUNS = 4  # see Source.runs
 CHUNK_ELEMENTS = 2**23  # stored values held in memory at a time
+
+
+def whole_runs(n_rows: int, n_stored: int, max_elements: int) -> list[tuple[int, int]]:
+    """Runs of rows of a source of which each run reads everything: as few as memory allows."""
+    n_runs = min(n_rows, max(1, -(-n_stored // (WHOLE_RUNS * max_elements))))
+    cuts = [run * n_rows // n_runs for run in range(n_runs + 1)]
+    return list(zip(cuts[:-1], cuts[1:], strict=True))
 
 
 class Source(abc.ABC):
@@ -73,15 +81,16 @@ class Source(abc.ABC):
         """Layer -> some of its first stored values, for every matrix of the study."""
 
     def runs(self, max_elements: int) -> list[tuple[int, int]]:
-        """Cuts the rows into runs (first, last) that can be read apart from each other, at no extra cost.
+        """Cuts the rows into runs (first, last) that can be read apart from each other.
 
         Args:
-          max_elements: stored values in a run at most (more only where a single row has more).
+          max_elements: stored values in a run (more where a single row has more). A source that can only be
+            read as a whole is read once for each run: its runs are ``WHOLE_RUNS`` times as large.
 
         Returns:
-          The runs in order, all rows once. A source that only reads as a whole is one run.
+          The runs in order, all rows once.
         """
-        return [(0, self.shape[0])]
+        return whole_runs(self.shape[0], self.n_stored, max_elements)
 
     def check_head(self) -> None:
         """A quick look, before hours of reading: raises CountsError if the first values are no counts."""

@@ -69,7 +69,7 @@ class Compressed:
     def runs(self, max_elements: int) -> list[tuple[int, int]]:
         """See ``Source.runs``."""
         if not self.by_row:
-            return [(0, self.shape[0])]
+            return base.whole_runs(self.shape[0], self.n_stored, max_elements)
         return list(cut(self._starts(0, self.shape[0]), max_elements))
 
     def rows(self, first: int, last: int, scratch: pathlib.Path | None) -> Iterator[sparse.csr_matrix]:
