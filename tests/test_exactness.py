@@ -324,6 +324,10 @@ def test_weights_that_read_much_for_little_are_warned_about(corpus, tmp_path, mo
     assert loader.over_read > 8
     assert Loader(coarse, 64, lanes=4, block=256, weights={"donor": 0.5}).over_read < 2
     assert 1 <= Loader(corpus, 64, block=64).over_read < 3
+    with pytest.raises(ValueError, match="weights is 0.5; it maps label columns to"):
+        Loader(corpus, 64, weights=0.5)
+    with pytest.raises(ValueError, match="weights of the column 'donor': 'x' is not a number"):
+        Loader(corpus, 64, weights={"donor": {corpus.columns["donor"][0]: "x"}})
     with pytest.raises(KeyError, match=r"split 'train' of .*corpus has no label column 'tissue'"):
         Loader(corpus, 64, weights={"tissue": 1})
 

@@ -315,7 +315,7 @@ def _check_match(source: Source, match: GeneMatch, vocabulary: Vocabulary, optio
             f"{len(vocabulary):,} genes; at least {max(1, int(np.ceil(options.min_match * of))):,} are asked "
             f"for (min_match={options.min_match}). Not matched: {', '.join(match.unmatched[:5])}. In the "
             f"vocabulary: {', '.join(vocabulary.ids[:3])} ({', '.join(vocabulary.symbols[:3])}). "
-            "Another species, or another kind of gene name?"
+            "Another kind of gene name, or another species (a table of orthologs maps it)?"
         )
 
 

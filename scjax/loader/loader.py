@@ -14,7 +14,7 @@ from scjax.corpus.reader import PartReader, ShardCache
 from scjax.loader.buckets import batch_lengths, choose_lengths, round_up
 from scjax.loader.genes import GeneTables
 from scjax.loader.order import Order, default_block, default_lanes, random_bits
-from scjax.loader.weights import Spec, Weights, describe
+from scjax.loader.weights import Spec, Weights, check_spec, describe
 
 if TYPE_CHECKING:
     import grain
@@ -246,6 +246,8 @@ class Loader:
 
     def _spec(self, weights: Spec | None) -> Spec | None:
         """The weights that are asked for, and those that a mixture brings along."""
+        if weights is not None:
+            check_spec(weights)
         shares = getattr(self.corpus, "shares", None) if self.split == "train" else None
         if shares is None:
             return weights or None

@@ -27,6 +27,7 @@ import functools
 import hashlib
 import json
 import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -50,6 +51,16 @@ _UNIT = 2**60  # of weights per row before they are scaled
 # square roots of 2 and 3; and one from block to block
 _GOLDEN, _ROOT, _TURN = 0x9E3779B97F4A7C15, 0x6A09E667F3BCC909, 0xBB67AE8584CAA73B
 _ODD = 0xD1342543DE82EF95
+
+
+def check_spec(spec: Any) -> None:
+    """ValueError unless it is of the form that ``Weights`` takes: column -> number, or category -> number."""
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"weights is {spec!r}; it maps label columns to a number or to shares of categories")
+    for column, how in spec.items():
+        for value in how.values() if isinstance(how, Mapping) else [how]:
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise ValueError(f"weights of the column {column!r}: {value!r} is not a number")
 
 
 def describe(spec: Spec | None) -> str | None:
