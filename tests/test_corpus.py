@@ -25,7 +25,6 @@ from scjax.genes import Vocabulary
 
 # Several parts, shards and chunks out of a few hundred cells.
 TINY = {"part_cells": 128, "inner": 512, "shard": 2048, "progress": False}
-DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def build(sources, out, **options) -> Corpus:
@@ -512,34 +511,3 @@ def test_any_counts_come_back(tmp_path_factory, tables, seed, part_cells):
     assert seen.keys() == expected.keys()
     for key, x in expected.items():
         np.testing.assert_array_equal(seen[key], x)
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"REAL DATA NOT TESTED: no folder {DATA}")
-def test_every_human_file_comes_back_cell_by_cell(tmp_path):
-    def organism(path: pathlib.Path) -> str:
-        with h5py.File(path) as file:
-            return str(ad.io.read_elem(file["obs/organism"])[0])
-
-    paths = [path for path in sorted(DATA.glob("*.h5ad")) if organism(path) == "human"]
-    assert len(paths) >= 20
-    corpus = build_corpus(paths, tmp_path / "c", part_cells=8192, validation=0.02, progress=False)
-    seen = dict.fromkeys(corpus.datasets, 0)
-    whole = corpus.read(slice(None))
-    for path in paths:
-        study = ad.read_h5ad(path)
-        rows = np.flatnonzero(whole.obs["scjax_dataset"] == path.stem)
-        of = whole.obs["scjax_source_row"].to_numpy()[rows]
-        match = corpus.vocabulary.match(study.var)
-        assert match.n_matched == study.n_vars and len(np.unique(of)) == len(rows)
-        x = study.X[of].tocsr()
-        expected = sparse.csr_matrix(
-            (x.data, match.ids[x.indices], x.indptr), shape=(len(rows), whole.n_vars)
-        )
-        assert (expected != whole.X[rows]).nnz == 0
-        empty = int((np.asarray(study.X.sum(1)).ravel() == 0).sum())
-        assert len(rows) == study.n_obs - empty
-        seen[path.stem] += len(rows)
-    assert sum(seen.values()) == len(corpus)
-    for part in corpus.parts:
-        adata = ad.read_zarr(part.path)
-        assert (adata.X != whole.X[part.first_row : part.first_row + part.n_cells]).nnz == 0
