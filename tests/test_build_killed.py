@@ -36,7 +36,7 @@ def test_killed_here_and_there(tmp_path, what):
     check(points(what, tmp_path, 23), 100)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("what", ["build", "append"])
 def test_killed_at_every_point(tmp_path, what):
     lines = points(what, tmp_path, 1)
