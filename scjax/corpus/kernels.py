@@ -5,7 +5,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from scjax.corpus.compiled import compiled, pointer
+from scjax.corpus.compiled import compiled, mix, pointer
 
 
 @compiled
@@ -171,14 +171,6 @@ def gather(address, length, to, like, out, check):
 
 
 @compiled
-def _mix(z: np.uint64) -> np.uint64:
-    """The finaliser of splitmix64: every bit of the input moves every bit of the output."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-@compiled
 def content_hash(genes, counts, nnz, out):
     """uint64 [rows, 2]: a hash of the genes of each row and their counts, whatever the type they are held in.
 
@@ -188,13 +180,13 @@ def content_hash(genes, counts, nnz, out):
     other = np.uint64(0xC2B2AE3D27D4EB4F)
     at = 0
     for row in range(nnz.size):
-        first, second = _mix(np.uint64(nnz[row]) + golden), _mix(np.uint64(nnz[row]) + other)
+        first, second = mix(np.uint64(nnz[row]) + golden), mix(np.uint64(nnz[row]) + other)
         for k in range(at, at + nnz[row]):
             count = np.float64(counts[k])
             even = np.floor(count)
             rest = np.uint64((count - even) * 2.0**52)
-            pair = _mix((np.uint64(genes[k]) << np.uint64(32)) + np.uint64(even) + rest * other)
-            first += _mix(pair + golden)
-            second += _mix((pair ^ other) * golden)
+            pair = mix((np.uint64(genes[k]) << np.uint64(32)) + np.uint64(even) + rest * other)
+            first += mix(pair + golden)
+            second += mix((pair ^ other) * golden)
         out[row, 0], out[row, 1] = first, second
         at += nnz[row]

@@ -11,19 +11,11 @@ from typing import Any
 import numba
 import numpy as np
 
-from scjax.corpus.compiled import compiled, pointer
+from scjax.corpus.compiled import compiled, mix, pointer
 
 _ALIGN = 64  # JAX takes numpy memory as it is on the CPU where it begins at such an address
 _LARGE_PAGE = 2**21
 _NO_LUT = np.empty((1, 0), np.int32)
-
-
-@compiled
-def _mix(z: np.uint64) -> np.uint64:
-    """The finaliser of splitmix64: every bit of the input moves every bit of the output."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 @compiled
@@ -40,7 +32,7 @@ def _choose(known, keep, state, marks):
         marks[w] = 0
     for j in range(known - few, known):
         state += golden
-        t = np.int64((_mix(state) >> np.uint64(32)) * np.uint64(j + 1) >> np.uint64(32))
+        t = np.int64((mix(state) >> np.uint64(32)) * np.uint64(j + 1) >> np.uint64(32))
         taken = marks[t >> 6] >> (np.uint64(t) & low) & np.uint64(1)
         new = j if taken else t
         marks[new >> 6] |= np.uint64(1) << (np.uint64(new) & low)
@@ -102,7 +94,7 @@ def _row(indices, data, lut, keep, state, marks, gene, count):
 
 @compiled
 def _state(key, row):
-    return _mix(key ^ _mix(np.uint64(row) + np.uint64(0x9E3779B97F4A7C15)))
+    return mix(key ^ mix(np.uint64(row) + np.uint64(0x9E3779B97F4A7C15)))
 
 
 @compiled
