@@ -20,7 +20,7 @@ from scjax.corpus.format import Layout
 from scjax.corpus.manifest import FORMAT, VERSION
 from scjax.corpus.obs import ObsSchema, categorise
 from scjax.corpus.places import Places, find_places
-from scjax.corpus.sources import Source, list_sources, open_source
+from scjax.corpus.sources import Source, files_of, list_sources, look_at, open_source
 from scjax.genes import (
     GeneMatch,
     Orthologs,
@@ -400,26 +400,19 @@ def plan_key(
     lines += [repr(dataclasses.astuple(options)), repr(dataclasses.astuple(layout)), str(RUN_ELEMENTS)]
     for study in studies:
         lines.append(repr((study.name, study.layer)))
-        lines += [repr(look) for look in _looks(study)]
+        lines += [repr(look) for look in fingerprint(study)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
-def _looks(study: Study) -> list[tuple[Any, ...]]:
+def fingerprint(study: Study) -> list[tuple[Any, ...]]:
     """What tells that a source has changed: (path, bytes, time) of its files; in memory, its content."""
-    if study.in_memory:
-        source = study.open()
-        frames = [source.obs, source.var]
-        hashes = (pd.util.hash_pandas_object(frame).to_numpy().tobytes() for frame in frames)
-        digests = [hashlib.sha256(content).hexdigest() for content in hashes]
-        return [(source.sha256(), *digests, *(str(frame.dtypes.to_dict()) for frame in frames))]
-    path = pathlib.Path(study.data)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    files = [path]
-    if path.is_dir():
-        files = sorted(pathlib.Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-    stats = [(os.path.abspath(file), file.stat()) for file in files]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    if not study.in_memory:
+        return list(look_at(files_of(study.data)))
+    source = study.open()
+    frames = [source.obs, source.var]
+    hashes = (pd.util.hash_pandas_object(frame).to_numpy().tobytes() for frame in frames)
+    digests = [hashlib.sha256(content).hexdigest() for content in hashes]
+    return [(source.sha256(), *digests, *(str(frame.dtypes.to_dict()) for frame in frames))]
 
 
 def write_whole(path: pathlib.Path, content: bytes, folder: pathlib.Path | None = None) -> None:

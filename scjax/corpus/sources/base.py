@@ -66,13 +66,6 @@ class Source(abc.ABC):
         """Hash of the bytes of the file or files, or of the counts and names of an AnnData in memory."""
 
     @abc.abstractmethod
-    def fingerprint(self) -> list[tuple[str, int, int]]:
-        """(path, bytes, time of the last change in ns) of every file: changes when the source does.
-
-        Takes a look at the folder, not at the content. Of an AnnData in memory, one entry with its hash.
-        """
-
-    @abc.abstractmethod
     def _rows(self, first: int, last: int, scratch: pathlib.Path | None) -> Iterator[sparse.csr_matrix]:
         """Rows first..last in order, at most about CHUNK_ELEMENTS stored values at a time."""
 

@@ -88,9 +88,6 @@ class H5adSource(Source):
     def sha256(self) -> str:
         return base.hash_files([self.path], self.path.parent)
 
-    def fingerprint(self) -> list[tuple[str, int, int]]:
-        return base.look_at([self.path])
-
     def _compressed(self, group: h5py.Group) -> Compressed:
         kind = _attribute(group, "encoding-type")
         if kind not in ("csr_matrix", "csc_matrix"):

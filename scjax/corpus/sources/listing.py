@@ -16,7 +16,7 @@ import h5py
 from scjax.corpus.sources.base import Source
 from scjax.corpus.sources.h5ad import H5adSource
 from scjax.corpus.sources.memory import MemorySource
-from scjax.corpus.sources.mtx import MtxSource, matrices_in, mtx_name
+from scjax.corpus.sources.mtx import MtxSource, files_of_matrix, matrices_in, mtx_name
 from scjax.corpus.sources.tenx import TenxSource, is_tenx
 from scjax.corpus.sources.zarrs import ZarrSource, is_store
 
@@ -71,6 +71,16 @@ def open_source(data: Any, *, name: str | None = None, layer: str | None = None)
     if is_tenx(path):
         return TenxSource(path, name or default_name(path), layer)
     return H5adSource(path, name or default_name(path), layer)
+
+
+def files_of(data: str | os.PathLike[str]) -> list[pathlib.Path]:
+    """The files that a source is read from, found without opening it. FileNotFoundError if one is missing."""
+    path = pathlib.Path(data)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    return files_of_matrix(path) if path.name.endswith((".mtx", ".mtx.gz")) else [path]
 
 
 def default_name(data: Any) -> str:

@@ -55,9 +55,6 @@ class MemorySource(Source):
                 digest.update(part.tobytes())
         return digest.hexdigest()
 
-    def fingerprint(self) -> list[tuple[str, int, int]]:
-        return [(f"sha256:{self.sha256()}", self.n_stored, 0)]
-
     def runs(self, max_elements: int) -> list[tuple[int, int]]:
         if not sparse.issparse(self._matrix):
             return dense_runs(self.shape, 1, max_elements)

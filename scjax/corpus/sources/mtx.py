@@ -34,6 +34,11 @@ def matrices_in(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in folder.iterdir() if path.name.endswith(("matrix.mtx", "matrix.mtx.gz")))
 
 
+def files_of_matrix(matrix: pathlib.Path) -> list[pathlib.Path]:
+    """A matrix file, and the tables of its features and barcodes. FileNotFoundError where one is missing."""
+    return [matrix, _beside(matrix, "features", "genes"), _beside(matrix, "barcodes")]
+
+
 def mtx_name(path: pathlib.Path) -> str:
     """What a matrix file is called: its prefix (GSM123 of GSM123_matrix.mtx.gz), else its folder's name."""
     found = _MATRIX.match(path.name)
@@ -55,8 +60,7 @@ class MtxSource(Source):
             raise FileNotFoundError(f"{path}: no such file or folder")
         self._matrix = matrices_in(path)[0] if path.is_dir() else path
         self.file = self._matrix.name
-        self._features_file = _beside(self._matrix, "features", "genes")
-        self._barcodes_file = _beside(self._matrix, "barcodes")
+        _, self._features_file, self._barcodes_file = files_of_matrix(self._matrix)
         rows = [line.split("\t") for line in _lines(self._features_file)]
         widths = {len(row) for row in rows}
         if len(widths) > 1 or widths == {0}:
@@ -103,9 +107,6 @@ class MtxSource(Source):
 
     def sha256(self) -> str:
         return base.hash_files(self._files(), self._matrix.parent)
-
-    def fingerprint(self) -> list[tuple[str, int, int]]:
-        return base.look_at(self._files())
 
     def _open(self) -> contextlib.AbstractContextManager[IO[bytes]]:
         return _opened(self._matrix)

@@ -191,9 +191,6 @@ class TenxSource(Source):
     def sha256(self) -> str:
         return base.hash_files([self.path], self.path.parent)
 
-    def fingerprint(self) -> list[tuple[str, int, int]]:
-        return base.look_at([self.path])
-
     def runs(self, max_elements: int) -> list[tuple[int, int]]:
         if len(self._names) > 1:
             step = self._step(max_elements)

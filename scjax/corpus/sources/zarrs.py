@@ -107,9 +107,6 @@ class ZarrSource(Source):
     def sha256(self) -> str:
         return base.hash_files(self._files(), self.path)
 
-    def fingerprint(self) -> list[tuple[str, int, int]]:
-        return base.look_at(self._files())
-
     def _compressed(self, group: zarr.Group) -> Compressed:
         kind = group.attrs.get("encoding-type")
         if kind not in ("csr_matrix", "csc_matrix"):
