@@ -1,14 +1,24 @@
 """A small corpus on disk, and ways to look at batches, for the tests of the loader."""
 
+import pathlib
+from typing import Any
+
 import anndata as ad
 import numpy as np
 from scipy import sparse
 from synthetic import synthetic_adata
 
 from scjax.corpus import Corpus, build_corpus
+from scjax.corpus.manifest import hash_object
 from scjax.types import FIELDS
 
 SMALL = {"part_cells": 300, "inner": 2**9, "shard": 2**12, "progress": False}
+
+
+def hash_tree(root: pathlib.Path, *folders: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Path relative to ``root`` (with "/") -> checksums, for every file under ``folders``, sorted."""
+    files = sorted(p.relative_to(root).as_posix() for f in folders for p in f.rglob("*") if p.is_file())
+    return {name: hash_object(root / name) for name in files}
 
 
 def study(n_cells: int, seed: int) -> ad.AnnData:

@@ -10,10 +10,10 @@ import pytest
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from loading import hash_tree
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from scjax.corpus.index import PartIndex, write_index
-from scjax.corpus.manifest import hash_tree
 from scjax.corpus.reader import CorruptDataError, PartReader, ShardCache, ShardedArray
 from scjax.corpus.store import LocalStore
 

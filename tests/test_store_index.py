@@ -6,9 +6,9 @@ import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from loading import hash_tree
 
 from scjax.corpus.index import PartIndex, column_layout, write_index
-from scjax.corpus.manifest import hash_tree
 from scjax.corpus.store import CorruptDataError, LocalStore
 
 N = 2500

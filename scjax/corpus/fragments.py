@@ -20,7 +20,6 @@ import numpy as np
 
 from scjax.corpus.counts import MAX_COUNT, CountsError
 from scjax.corpus.format import index_dtype
-from scjax.corpus.obs import ObsSchema
 from scjax.corpus.plan import Facts, Plan
 from scjax.corpus.sources import Source
 
@@ -241,14 +240,3 @@ class Fragment:
                 done += n
         finally:
             os.close(file)
-
-
-def encode_labels(plan: Plan, schema: ObsSchema, cells: Cells) -> dict[str, np.ndarray]:
-    """Label column -> codes into ``plan.columns``, of the labels that the sources have."""
-    found = {}
-    for name in schema.labels:
-        position = {value: code for code, value in enumerate(plan.columns[name])}
-        table = np.array([position.get(value, -1) for value in schema.categories[name]] + [-1], np.int32)
-        table[:-1][[value in plan.options.unknown for value in schema.categories[name]]] = -1
-        found[name] = table[cells[f"obs:{name}"]]
-    return found

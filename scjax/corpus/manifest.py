@@ -35,12 +35,6 @@ def hash_bytes(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": sha.hexdigest(), "crc32c": f"{crc:08x}"}
 
 
-def hash_tree(root: pathlib.Path, *folders: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Path relative to ``root`` (with "/") -> checksums, for every file under ``folders``, sorted."""
-    files = sorted(p.relative_to(root).as_posix() for f in folders for p in f.rglob("*") if p.is_file())
-    return {name: hash_object(root / name) for name in files}
-
-
 def digest(content: Any) -> str:
     """12 hex digits of the sha256 of bytes, or of a table that JSON can hold."""
     if not isinstance(content, bytes):

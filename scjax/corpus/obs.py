@@ -257,9 +257,12 @@ class ObsSchema:
                 )
         return encoded
 
-    def label_codes(self, name: str, codes: np.ndarray) -> np.ndarray:
-        """Codes of an encoded column -> codes into ``labels[name]``, -1 where unknown."""
-        return _recode(codes, self.categories[name], self.labels[name])
+    def label_codes(
+        self, name: str, codes: np.ndarray, categories: Sequence[str] | None = None
+    ) -> np.ndarray:
+        """Codes of an encoded column -> codes into ``categories`` (``labels[name]``), -1 where unknown."""
+        known = [None if value in self._unknown else value for value in self.categories[name]]
+        return _recode(codes, known, self.labels[name] if categories is None else categories)
 
 
 def _best(spellings: Mapping[str, int]) -> str:
@@ -299,7 +302,7 @@ def categorise(values: pd.Series) -> tuple[np.ndarray, list[str]]:
     return np.where(codes >= 0, np.searchsorted(used, codes), -1), texts
 
 
-def _recode(codes: np.ndarray, old: Sequence[str], new: Sequence[str]) -> np.ndarray:
-    position: Mapping[str, int] = {value: i for i, value in enumerate(new)}
+def _recode(codes: np.ndarray, old: Sequence[str | None], new: Sequence[str]) -> np.ndarray:
+    position: Mapping[str | None, int] = {value: i for i, value in enumerate(new)}
     table = np.array([position.get(value, -1) for value in old] + [-1], np.int32)
     return table[codes]

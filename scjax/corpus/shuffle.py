@@ -17,7 +17,7 @@ import zarr
 
 from scjax.corpus import manifest as manifests
 from scjax.corpus.format import index_dtype, x_dtype
-from scjax.corpus.fragments import Cells, Fragment, encode_labels
+from scjax.corpus.fragments import Cells, Fragment
 from scjax.corpus.frames import add_group, new_part, one_blosc_thread, write_frames
 from scjax.corpus.index import write_index
 from scjax.corpus.plan import Plan
@@ -98,7 +98,10 @@ def write_part(
         },
     )
     columns = {"total": cells["total"], "codes/dataset": cells["dataset"] + plan.first_dataset}
-    columns |= {f"codes/{name}": codes for name, codes in encode_labels(plan, schema, cells).items()}
+    columns |= {
+        f"codes/{name}": schema.label_codes(name, cells[f"obs:{name}"], plan.columns[name])
+        for name in schema.labels
+    }
     if plan.options.drop_duplicates:
         columns["content"] = cells["content"]
     write_index(index, columns, rows.length.astype(np.uint32))
