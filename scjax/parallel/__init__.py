@@ -1,5 +1,6 @@
 """Mesh, rules for splitting parameters, placing batches, starting a run over several processes."""
 
+from scjax.parallel.layout import Layout, current
 from scjax.parallel.mesh import (
     AXES,
     BATCH_AXES,
@@ -20,10 +21,12 @@ __all__ = [
     "AXES",
     "BATCH_AXES",
     "RULES",
+    "Layout",
     "MeshConfig",
     "Rules",
     "barrier",
     "batch_sharding",
+    "current",
     "distributed_start",
     "everywhere",
     "make_mesh",

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from scjax.nn.module import Abstract, axes_of, bind, buffers_of
-from scjax.parallel import BATCH_AXES, batch_sharding, replicated
+from scjax.parallel import BATCH_AXES, Layout, batch_sharding, replicated
 from scjax.train.state import State, pack, shardings_of, unpack
 from scjax.types import CellBatch
 
@@ -27,7 +27,9 @@ TrainStep = Callable[[State, CellBatch], tuple[State, Metrics]]
 EvalStep = Callable[[State, CellBatch], Metrics]
 
 
-def _loss_of(model: Abstract, abstract: State, *, train: bool) -> Callable[..., tuple[Any, Any, Any, Any]]:
+def _loss_of(
+    model: Abstract, abstract: State, layout: Layout | None, *, train: bool
+) -> Callable[..., tuple[Any, Any, Any, Any]]:
     """``(params, buffers, batch, key) -> (sums, weights, new buffers, metrics)``; two dicts by objective."""
     tables = jax.tree.map(
         lambda leaf, axes: (
@@ -39,6 +41,8 @@ def _loss_of(model: Abstract, abstract: State, *, train: bool) -> Callable[..., 
         axes_of(model)["params"],
     )
 
+    layout = layout or Layout(abstract["step"].sharding.mesh)
+
     def whole_rows(param: jax.Array, sharding: NamedSharding | None) -> jax.Array:
         """A table as it is looked up. Left to itself the compiler would look up pieces of rows and then
         move the activations of the whole batch between devices to put the pieces together."""
@@ -49,7 +53,8 @@ def _loss_of(model: Abstract, abstract: State, *, train: bool) -> Callable[..., 
         module = bind(model, params, buffers)
         if not train:
             module.eval()
-        sums, weights, metrics = module.loss(batch, key)
+        with layout.active():
+            sums, weights, metrics = module.loss(batch, key)
         if not isinstance(sums, Mapping):
             sums, weights = {"loss": sums}, {"loss": weights}
         if sums.keys() != weights.keys():
@@ -79,7 +84,13 @@ def _loss_metric(sums: Sums, weights: Sums) -> tuple[jax.Array, jax.Array]:
 
 
 def make_train_step(
-    model: Abstract, tx: optax.GradientTransformation, abstract: State, *, seed: int, accumulate: int = 1
+    model: Abstract,
+    tx: optax.GradientTransformation,
+    abstract: State,
+    *,
+    seed: int,
+    accumulate: int = 1,
+    layout: Layout | None = None,
 ) -> TrainStep:
     """The jitted ``(state, batch) -> (state, metrics)``; the state passed in is donated.
 
@@ -93,6 +104,7 @@ def make_train_step(
       seed: of the run.
       accumulate: micro-batches a step. Each takes every ``accumulate``-th row, so that each device
         cuts up its own rows and none moves.
+      layout: what follows from the hardware; None for a plain one on the mesh of ``abstract``.
 
     Returns:
       The step. Its metrics are (sum, weight) float32 scalars by name: those of the model, ``loss``,
@@ -104,7 +116,7 @@ def make_train_step(
     """
     mesh = abstract["step"].sharding.mesh
     micro_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
-    loss = _loss_of(model, abstract, train=True)
+    loss = _loss_of(model, abstract, layout, train=True)
 
     def objective(params: Any, buffers: Any, batch: CellBatch, key: jax.Array, weights: Sums | None) -> Any:
         """One objective is divided by its weight at the end of the step. Several must be before they are
@@ -170,13 +182,13 @@ def make_train_step(
     )
 
 
-def make_eval_step(model: Abstract, abstract: State, *, seed: int) -> EvalStep:
+def make_eval_step(model: Abstract, abstract: State, *, seed: int, layout: Layout | None = None) -> EvalStep:
     """The jitted ``(state, batch) -> metrics``: those of training without a gradient, dropout off.
 
     Its key does not depend on the step: every evaluation masks the same genes of the same cells.
     """
     mesh = abstract["step"].sharding.mesh
-    loss = _loss_of(model, abstract, train=False)
+    loss = _loss_of(model, abstract, layout, train=False)
 
     def step(state: State, batch: CellBatch) -> Metrics:
         sums, weights, _, metrics = loss(state["params"], state["buffers"], batch, jax.random.key(seed))
