@@ -94,7 +94,7 @@ def pretrain(config: str, workdir: pathlib.Path, *, succeed: bool = True, **opti
 def metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("throughput/")} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "throughput/"))} for line in lines]
 
 
 def free_port() -> int:

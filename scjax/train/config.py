@@ -65,13 +65,20 @@ class TrainConfig:
 
     Attributes:
       steps: of the whole run.
-      accumulate: micro-batches that a batch is cut into.
+      accumulate: micro-batches that a batch is cut into; 0 for as many as the hardware needs (see
+        :func:`scjax.parallel.accumulate_for`).
       log_every: steps averaged into one line of metrics; the last step, a validation and a checkpoint end
         a line too.
       eval_every, checkpoint_every: None for only at the end.
       probe_every: None for never; else labels are also read off the frozen embedding of validation cells
         before the first step, every so many steps and at the end (see :class:`scjax.train.Probe`).
-      keep: how many checkpoints stay.
+      keep: how many checkpoints stay, the newest.
+      keep_every: checkpoints of every so many steps stay besides; None for none.
+      profile: (first, number): steps whose profile is written to ``profile/`` of the run, for XProf or
+        TensorBoard; counted from where the run starts or resumes.
+      wandb: project of Weights & Biases that the metrics go to as well.
+      compile_cache: where compiled steps are kept for the next start; None for ``compiled/`` of the run,
+        "" for nowhere. The environment's JAX_COMPILATION_CACHE_DIR comes first.
     """
 
     steps: int
@@ -81,11 +88,18 @@ class TrainConfig:
     checkpoint_every: int | None = None
     probe_every: int | None = None
     keep: int = 3
+    keep_every: int | None = None
+    profile: tuple[int, int] | None = None
+    wandb: str | None = None
+    compile_cache: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if value is not None and value < 1:
-                raise ConfigError(f"train.{name} is {value}; it must be at least 1")
+            least = 0 if name == "accumulate" else 1
+            if isinstance(value, int) and value < least:
+                raise ConfigError(f"train.{name} is {value}; it must be at least {least}")
+        if self.profile is not None and min(self.profile) < 1:
+            raise ConfigError(f"train.profile is {self.profile}; give the first step, from 1, and how many")
 
     def due(self, every: int | None, step: int) -> bool:
         """Whether something done every so many steps, and at the end, is due after ``step`` steps."""

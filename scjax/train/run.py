@@ -31,6 +31,7 @@ from scjax.train.config import DataConfig
 
 FORMAT = "scjax-run"
 VERSION = 1
+COMPUTED = ("attention", "decoding", "remat")  # fields of a model that change its speed and not its results
 
 
 def describe(
@@ -71,8 +72,9 @@ def describe(
 
 def identity(model: Mapping[str, Any]) -> dict[str, Any]:
     """The part of ``model.json`` that must be the same for a run to be resumed. Of the tables it is their
-    content, wherever they lie."""
+    content, wherever they lie; how a model is computed (:data:`COMPUTED`) may change with the hardware."""
     same = {name: model[name] for name in ("system", "model", "seed", "corpus", "vocabulary")}
+    same["model"] = {name: value for name, value in same["model"].items() if name not in COMPUTED}
     tables = {name: f"sha256 {about['sha256'][:16]}" for name, about in model.get("tables", {}).items()}
     return {**same, "tables": tables} if tables else same
 
