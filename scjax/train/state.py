@@ -7,6 +7,7 @@ where it belongs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from scjax.nn.module import Abstract, axes_of, initialise, shapes_of
 from scjax.parallel import RULES, Rules, replicated, shardings
@@ -61,8 +62,9 @@ def abstract_state(
 ) -> State:
     """The state as ``jax.ShapeDtypeStruct`` with shardings; nothing is allocated.
 
-    Parameters and buffers are split by their logical axes; what an optimiser keeps per parameter, such
-    as Adam's moments, is split like that parameter; everything else is replicated.
+    Parameters and buffers are split by their logical axes; what an optimiser keeps per parameter is split
+    like that parameter, whether it has the parameter's shape (Adam's moments) or some of its dimensions
+    (Adafactor's factored ones); everything else is replicated.
     """
     shapes = jax.eval_shape(lambda: _fresh(model, tx))
     axes, declared = axes_of(model), shapes_of(model)
@@ -79,9 +81,19 @@ def abstract_state(
     def like_its_parameter(path: tuple[Any, ...], leaf: Any) -> Any:
         names = _names(path)
         for start in range(len(names)):
-            shape, sharding = params.get(names[start:], (None, None))
-            if shape == leaf.shape:
-                return sharding
+            shape, sharding = params.get(names[start:], ((), None))
+            # of a parameter factored into rows and columns each has the dimensions that are left of it
+            kept = [
+                dims
+                for dims in itertools.combinations(range(len(shape)), len(leaf.shape))
+                if tuple(shape[d] for d in dims) == leaf.shape
+            ]
+            if sharding and kept:
+                if shape == leaf.shape:
+                    return sharding
+                dims = kept[-1 if "v_col" in names else 0]  # Adafactor's name; a square has two readings
+                spec = (*sharding.spec, *(None,) * len(shape))
+                return NamedSharding(mesh, PartitionSpec(*(spec[d] for d in dims)))
         return replicated(mesh)
 
     split["opt"] = jax.tree_util.tree_map_with_path(like_its_parameter, shapes["opt"])
