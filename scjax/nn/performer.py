@@ -197,7 +197,8 @@ class PerformerAttention(nnx.Module):
         self.projection = Buffer(draw_projection(rngs.params(), n_features(d_head), d_head))
 
     def __call__(self, x_BSE: Array, key_mask_BS: Array | None) -> Array:
-        q, k, v = (self.qkv(x_BSE)[:, :, i] for i in range(3))
+        qkv = self.qkv(x_BSE)
+        q, k, v = (qkv[:, :, i] for i in range(3))
         return self.out(
             favor(q, k, v, self.projection[...], key_mask_BS, stabiliser=self.stabiliser, mask=self.mask)
         )
