@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "scjax"
 # A room imports only from rooms of an earlier line (or from itself).
 ORDER = [
     {"types", "config"},
+    {"launch"},
     {"genes"},
     {"corpus"},
     {"loader"},
@@ -27,7 +28,7 @@ ORDER = [
     {"cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
-WITHOUT_JAX = ["genes", "corpus", "loader", "datasets", "eval", "types", "config"]
+WITHOUT_JAX = ["genes", "corpus", "loader", "datasets", "eval", "types", "config", "launch"]
 
 
 def imports_of(file: Path):
