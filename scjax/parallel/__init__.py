@@ -1,6 +1,7 @@
 """Mesh, rules for splitting parameters, placing batches, starting a run over several processes."""
 
-from scjax.parallel.layout import Layout, current
+from scjax.parallel.hardware import DEVICES, Device, Plan, accumulate_for, choose, device_of
+from scjax.parallel.layout import Layout, current, layout_for
 from scjax.parallel.mesh import (
     AXES,
     BATCH_AXES,
@@ -20,15 +21,22 @@ from scjax.parallel.rules import RULES, Rules, partition, shardings
 __all__ = [
     "AXES",
     "BATCH_AXES",
+    "DEVICES",
+    "Device",
     "RULES",
     "Layout",
     "MeshConfig",
+    "Plan",
     "Rules",
+    "accumulate_for",
     "barrier",
     "batch_sharding",
+    "choose",
     "current",
+    "device_of",
     "distributed_start",
     "everywhere",
+    "layout_for",
     "make_mesh",
     "partition",
     "place",

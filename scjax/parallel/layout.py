@@ -1,21 +1,30 @@
 """How a step lies on its devices: what layers ask for while they are traced.
 
 Layers are written for one device. Where a step is traced for several, its :class:`Layout` is active, and the
-few places that must know of it (the scanned stack, attention, look-ups in tables) ask :func:`current`.
+few places that must know of it (products with weights, the scanned stack, attention, look-ups in tables) ask
+:func:`current`, or call the functions below, which do nothing where no layout is active.
 """
 
 from __future__ import annotations
 
 import contextvars
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
-from jax.sharding import Mesh
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from scjax.parallel.rules import RULES, Rules
+from scjax.parallel.mesh import BATCH_AXES
+from scjax.parallel.rules import RULES, Rules, partition
 
 _CURRENT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("scjax_layout", default=None)
+
+Axes = tuple[str | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +52,78 @@ class Layout:
         finally:
             _CURRENT.reset(token)
 
+    @property
+    def slices(self) -> int:
+        """Number of pieces that the rows of a batch are cut into."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def sharding(self, *spec: Any) -> NamedSharding:
+        """On the mesh as the code that is being traced sees it: its axes are Auto while a loss is traced,
+        also where those of ``mesh`` are Explicit."""
+        seen = jax.sharding.get_abstract_mesh()
+        return NamedSharding(self.mesh if seen.empty else seen, PartitionSpec(*spec))  # type: ignore[arg-type]
+
+    def split(self, shape: tuple[int, ...], axes: Axes) -> tuple[NamedSharding, NamedSharding]:
+        """How a parameter lies in the state, and while it is used: gathered over ``fsdp``."""
+        split = partition(shape, axes, self.mesh, self.rules)
+        return self.sharding(*split), self.sharding(*(None if a in BATCH_AXES else a for a in split))
+
 
 def current() -> Layout | None:
     """The active layout; None where a model is called outside of a step, on one device."""
     return _CURRENT.get()
+
+
+def lone_cpu() -> bool:
+    """Whether what is being traced runs on a single CPU device."""
+    layout = current()
+    devices = layout.mesh.size if layout else jax.device_count()
+    return devices == 1 and jax.default_backend() == "cpu"
+
+
+def rows(x: Array) -> Array:
+    """Pins activations [B, ...] to the layout of a batch: cells over ``data`` and ``fsdp``, all else whole."""
+    layout = current()
+    if layout is None or x.shape[0] % layout.slices:
+        return x
+    return jax.lax.with_sharding_constraint(x, layout.sharding(BATCH_AXES))
+
+
+def whole(x: Array, axes: Axes) -> Array:
+    """A parameter as it is used, gathered over ``fsdp``; its gradient is reduced to where it is kept."""
+    layout = current()
+    return x if layout is None else _whole(x, *layout.split(x.shape, axes))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _whole(x: Array, split: NamedSharding, gathered: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(x, gathered)
+
+
+_whole.defvjp(
+    lambda x, split, gathered: (_whole(x, split, gathered), None),
+    lambda split, gathered, _, gradient: (jax.lax.with_sharding_constraint(gradient, split),),
+)
+
+
+def map_cells(function: Callable[[Any], Any], cells: Any) -> Any:
+    """``function`` over cells one after the other, where they are: each call gets one cell of every slice.
+
+    Args:
+      function: tree of arrays [R, ...] -> tree of arrays [R, ...].
+      cells: tree of arrays [B, ...].
+
+    Returns:
+      Tree of arrays [B, ...], in the order of ``cells``.
+    """
+    layout, n = current(), jax.tree.leaves(cells)[0].shape[0]
+    slices = layout.slices if layout and n % layout.slices == 0 else 1
+
+    def apart(x: Array) -> Array:
+        x = jnp.moveaxis(x.reshape(slices, n // slices, *x.shape[1:]), 1, 0)
+        if layout is None or slices == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, layout.sharding(None, BATCH_AXES))
+
+    out = jax.lax.map(function, jax.tree.map(apart, cells))
+    return jax.tree.map(lambda x: rows(jnp.moveaxis(x, 0, 1).reshape(n, *x.shape[2:])), out)
