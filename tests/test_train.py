@@ -173,7 +173,7 @@ def test_clipping_is_by_the_global_norm():
 def test_state_is_plain_and_sharded():
     mesh, model, tx, abstract, _ = setup("tensor")
     state = init_state(model, tx, abstract)
-    assert set(state) == {"params", "buffers", "opt", "step"}
+    assert set(state) == {"params", "buffers", "opt", "guard", "step"}
     assert all(
         type(key) is str for path, _ in jax.tree_util.tree_leaves_with_path(state) for key in _keys(path)
     )

@@ -5,8 +5,15 @@ An experiment puts these together and owns its loop; see ``experiments/pretrain.
 
 from scjax.train.checkpoint import CheckpointError, Checkpoints, Restored, checkpoint_steps, restore_variables
 from scjax.train.config import DataConfig, RunConfig, TrainConfig, ValidationConfig
+from scjax.train.guard import GuardConfig
 from scjax.train.metrics import Meter, MetricsLog, NonFiniteLoss, read_metrics
-from scjax.train.optimizer import OptimizerConfig, decay_mask, make_optimizer, make_schedule
+from scjax.train.optimizer import (
+    OptimizerConfig,
+    decay_mask,
+    make_optimizer,
+    make_schedule,
+    moving_average,
+)
 from scjax.train.probe import BASELINES, Probe, effective_rank, masked_gap, read_labels
 from scjax.train.progress import RunProgress
 from scjax.train.run import (
@@ -19,7 +26,7 @@ from scjax.train.run import (
     read_model,
     read_run,
 )
-from scjax.train.state import State, abstract_state, count_parameters, init_state, shardings_of
+from scjax.train.state import State, abstract_state, count_parameters, init_state, judged_params, shardings_of
 from scjax.train.step import make_eval_step, make_train_step
 from scjax.train.tables import GeneTables, gene_tables
 
@@ -29,6 +36,7 @@ __all__ = [
     "Checkpoints",
     "DataConfig",
     "GeneTables",
+    "GuardConfig",
     "Meter",
     "MetricsLog",
     "NonFiniteLoss",
@@ -50,12 +58,14 @@ __all__ = [
     "gene_tables",
     "identity",
     "init_state",
+    "judged_params",
     "make_eval_step",
     "make_optimizer",
     "make_schedule",
     "make_train_step",
     "manifests_of",
     "masked_gap",
+    "moving_average",
     "open_data",
     "open_run",
     "read_labels",

@@ -147,3 +147,14 @@ def make_optimizer(
     )
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     return optax.chain(clip, adamw), schedule
+
+
+def moving_average(average: Any, params: Any, decay: float, step: Any) -> Any:
+    """The exponential moving average of the parameters, brought up to ``params`` of ``step`` (from 0).
+
+    ``d * average + (1 - d) * params`` with d = min(decay, (1 + step) / (10 + step)), so that the first values
+    of a short run are forgotten as well (as in TensorFlow's ExponentialMovingAverage with ``num_updates``).
+    """
+    step = jnp.asarray(step, jnp.float32)
+    d = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda a, p: (a + (1 - d) * (p - a)).astype(a.dtype), average, params)

@@ -1,4 +1,5 @@
-"""The state of a run: ``{"params", "buffers", "opt", "step"}``, nested dicts of global arrays.
+"""The state of a run: ``{"params", "buffers", "opt", "guard", "step"}``, nested dicts of global arrays, and
+"ema", the moving average of the parameters, where a run keeps one.
 
 The paths of the state are those of the checkpoint and depend on neither Flax nor Optax classes. No array
 is ever made unsharded: shapes first, then shardings, then a jitted initialisation that writes each shard
@@ -19,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from scjax.nn.module import Abstract, axes_of, initialise, shapes_of
 from scjax.parallel import RULES, Rules, replicated, shardings
+from scjax.train.guard import new_guard
 
 State = dict[str, Any]
 Path = tuple[str, ...]
@@ -52,21 +54,28 @@ def unpack(tx: optax.GradientTransformation, params: Any, packed: dict[str, Any]
     return jax.tree_util.tree_map_with_path(find, jax.eval_shape(tx.init, params))
 
 
-def _fresh(model: Abstract, tx: optax.GradientTransformation) -> State:
-    variables = initialise(model)
-    return {**variables, "opt": pack(tx.init(variables["params"])), "step": jnp.zeros((), jnp.int32)}
+def _fresh(model: Abstract, tx: optax.GradientTransformation, ema: bool) -> State:
+    state: State = initialise(model)
+    state |= {"opt": pack(tx.init(state["params"])), "guard": new_guard(), "step": jnp.zeros((), jnp.int32)}
+    return state | {"ema": state["params"]} if ema else state
 
 
 def abstract_state(
-    model: Abstract, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules = RULES
+    model: Abstract,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: Rules = RULES,
+    *,
+    ema: bool = False,
 ) -> State:
     """The state as ``jax.ShapeDtypeStruct`` with shardings; nothing is allocated.
 
     Parameters and buffers are split by their logical axes; what an optimiser keeps per parameter is split
     like that parameter, whether it has the parameter's shape (Adam's moments) or some of its dimensions
-    (Adafactor's factored ones); everything else is replicated.
+    (Adafactor's factored ones); everything else is replicated. With ``ema`` there is a moving average of the
+    parameters, split as they are.
     """
-    shapes = jax.eval_shape(lambda: _fresh(model, tx))
+    shapes = jax.eval_shape(lambda: _fresh(model, tx, ema))
     axes, declared = axes_of(model), shapes_of(model)
     split: dict[str, Any] = {kind: shardings(mesh, declared[kind], axes[kind], rules) for kind in declared}
     params = {
@@ -97,7 +106,9 @@ def abstract_state(
         return replicated(mesh)
 
     split["opt"] = jax.tree_util.tree_map_with_path(like_its_parameter, shapes["opt"])
-    split["step"] = replicated(mesh)
+    split |= jax.tree.map(lambda _: replicated(mesh), {name: shapes[name] for name in ("guard", "step")})
+    if ema:
+        split["ema"] = split["params"]
     return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, split)
 
 
@@ -116,7 +127,7 @@ def init_state(
 
     ``tables``: path of a buffer, "gene/table" -> its value (see :func:`scjax.train.gene_tables`).
     """
-    state = jax.jit(lambda: _fresh(model, tx), out_shardings=shardings_of(abstract))()
+    state = jax.jit(lambda: _fresh(model, tx, "ema" in abstract), out_shardings=shardings_of(abstract))()
     for path, value in (tables or {}).items():
         *parents, last = path.split("/")
         node, like = state["buffers"], abstract["buffers"]
@@ -124,6 +135,11 @@ def init_state(
             node, like = node[name], like[name]
         node[last] = jax.make_array_from_callback(like[last].shape, like[last].sharding, value.__getitem__)
     return state
+
+
+def judged_params(state: State) -> Any:
+    """The parameters that a run is judged by: their moving average where it keeps one."""
+    return state.get("ema", state["params"])
 
 
 def count_parameters(state: State) -> int:

@@ -17,12 +17,16 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from scjax.nn.module import Abstract, axes_of, bind, buffers_of
+from scjax.nn.work import work_metrics
 from scjax.parallel import BATCH_AXES, Layout, batch_sharding, replicated
-from scjax.train.state import State, pack, shardings_of, unpack
+from scjax.train.guard import GuardConfig, choose, judge
+from scjax.train.optimizer import moving_average
+from scjax.train.state import State, judged_params, pack, shardings_of, unpack
 from scjax.types import CellBatch
 
 Sums = dict[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
+WORK = ("cells", "tokens", "operations")  # metrics of what was computed, whatever comes of it
 TrainStep = Callable[[State, CellBatch], tuple[State, Metrics]]
 EvalStep = Callable[[State, CellBatch], Metrics]
 
@@ -53,13 +57,14 @@ def _loss_of(
         module = bind(model, params, buffers)
         if not train:
             module.eval()
+        work = work_metrics(model, module, batch) if train else {}
         with layout.active():
             sums, weights, metrics = module.loss(batch, key)
         if not isinstance(sums, Mapping):
             sums, weights = {"loss": sums}, {"loss": weights}
         if sums.keys() != weights.keys():
             raise ValueError(f"the loss has sums of {sorted(sums)} and weights of {sorted(weights)}")
-        metrics = dict(metrics) | {"cells": (batch.weight.sum(), jnp.ones(()))}
+        metrics = dict(metrics) | work | {"cells": (batch.weight.sum(), jnp.ones(()))}
         as_float = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)  # noqa: E731
         return as_float(dict(sums)), as_float(dict(weights)), buffers_of(module), as_float(metrics)
 
@@ -91,6 +96,8 @@ def make_train_step(
     seed: int,
     accumulate: int = 1,
     layout: Layout | None = None,
+    guard: GuardConfig | None = None,
+    ema: float | None = None,
 ) -> TrainStep:
     """The jitted ``(state, batch) -> (state, metrics)``; the state passed in is donated.
 
@@ -105,15 +112,22 @@ def make_train_step(
       accumulate: micro-batches a step. Each takes every ``accumulate``-th row, so that each device
         cuts up its own rows and none moves.
       layout: what follows from the hardware; None for a plain one on the mesh of ``abstract``.
+      guard: which steps are skipped, see :mod:`scjax.train.guard`; None, or a limit of 0, for none.
+      ema: decay of the moving average that ``abstract`` then has, see :func:`scjax.train.moving_average`.
 
     Returns:
       The step. Its metrics are (sum, weight) float32 scalars by name: those of the model, ``loss``,
-      ``cells`` (sum: cells in the batch) and ``grad_norm`` (before clipping). A batch of weight 0 has
-      the gradient 0.
+      ``cells``, ``tokens`` and ``operations`` (sums over the batch, see :mod:`scjax.nn.work`) and
+      ``grad_norm`` (before clipping). A batch of weight 0 has the gradient 0. With a guard also those of
+      :func:`scjax.train.guard.judge`; the others have no weight in a skipped step, but for ``cells``,
+      ``tokens`` and ``operations``, which were computed.
 
     Raises:
-      ValueError: when traced, if ``accumulate`` does not divide the batch.
+      ValueError: ``ema`` without an average in ``abstract``, or the other way round; when traced, if
+        ``accumulate`` does not divide the batch.
     """
+    if (ema is not None) != ("ema" in abstract):
+        raise ValueError("a moving average needs both abstract_state(..., ema=True) and its decay, ema")
     mesh = abstract["step"].sharding.mesh
     micro_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
     loss = _loss_of(model, abstract, layout, train=True)
@@ -160,7 +174,8 @@ def make_train_step(
             )
             (buffers, totals), _ = jax.lax.scan(add, (state["buffers"], zeros), cuts)
             grads, sums, weights, metrics = totals
-            metrics["cells"] = (metrics["cells"][0], jnp.ones(()))
+            for name in WORK:
+                metrics[name] = (metrics[name][0], jnp.ones(()))
 
         metrics["loss"] = _loss_metric(sums, weights)
         if len(sums) == 1:
@@ -171,7 +186,18 @@ def make_train_step(
 
         updates, opt = tx.update(grads, unpack(tx, params, state["opt"]), params)
         params = optax.apply_updates(params, updates)
-        return {"params": params, "buffers": buffers, "opt": pack(opt), "step": state["step"] + 1}, metrics
+        new = {"params": params, "buffers": buffers, "opt": pack(opt)}
+        if ema is not None:
+            new["ema"] = moving_average(state["ema"], params, ema, state["step"])
+        memory = state["guard"]
+        if guard is not None and guard.limit:
+            (total, weight), (norm, _) = metrics["loss"], metrics["grad_norm"]
+            mean = total / jnp.where(weight > 0, weight, 1)
+            good, memory, told = judge(guard, memory, mean, weight, norm)
+            new = choose(good, new, {name: state[name] for name in new})
+            nothing = jax.tree.map(jnp.zeros_like, metrics)
+            metrics = choose(good, metrics, nothing | {name: metrics[name] for name in WORK}) | told
+        return new | {"guard": memory, "step": state["step"] + 1}, metrics
 
     shardings = shardings_of(abstract)
     return jax.jit(
@@ -185,13 +211,14 @@ def make_train_step(
 def make_eval_step(model: Abstract, abstract: State, *, seed: int, layout: Layout | None = None) -> EvalStep:
     """The jitted ``(state, batch) -> metrics``: those of training without a gradient, dropout off.
 
-    Its key does not depend on the step: every evaluation masks the same genes of the same cells.
+    Its key does not depend on the step: every evaluation masks the same genes of the same cells. Of a state
+    with a moving average it takes that.
     """
     mesh = abstract["step"].sharding.mesh
     loss = _loss_of(model, abstract, layout, train=False)
 
     def step(state: State, batch: CellBatch) -> Metrics:
-        sums, weights, _, metrics = loss(state["params"], state["buffers"], batch, jax.random.key(seed))
+        sums, weights, _, metrics = loss(judged_params(state), state["buffers"], batch, jax.random.key(seed))
         return metrics | {"loss": _loss_metric(sums, weights)}
 
     return jax.jit(
