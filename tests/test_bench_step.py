@@ -25,18 +25,6 @@ def test_ratios_are_taken_round_by_round():
     assert bench_step.ratios(seconds) == {"tuned": 2.0}
 
 
-def test_operations_of_one_dense_layer():
-    """Six for each weight and token, 12 d n for the attention of a token, the head at hidden tokens."""
-    from types import SimpleNamespace
-
-    config = SimpleNamespace(d_model=8, d_ff=16, n_layers=1)
-    real, hidden = np.ones((1, 10), bool), np.zeros((1, 3), bool)
-    hidden[0, 0] = True
-    tokens = SimpleNamespace(real=real, hidden=hidden)
-    expected = 10 * (6 * (4 * 64 + 2 * 128) + 12 * 8 * 10) + 6 * (64 + 8 * 100)
-    assert bench_step.operations("geneformer", config, 100, tokens) == expected
-
-
 def test_what_it_does_not_know_is_refused(capsys):
     with pytest.raises(SystemExit):
         bench_step.main(["--systems", "scgtp"])

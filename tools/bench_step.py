@@ -42,6 +42,7 @@ from scjax import models
 from scjax.config import from_config
 from scjax.genes import Vocabulary
 from scjax.nn import bind
+from scjax.nn.work import FORMULA, work_of
 from scjax.parallel import MeshConfig, make_mesh, place
 from scjax.train import OptimizerConfig, abstract_state, init_state, make_optimizer, make_train_step
 from scjax.types import CellBatch
@@ -91,11 +92,6 @@ ROWS: dict[str, tuple[str, int, dict[str, tuple[int, dict[str, Any]]]]] = {
 }  # fmt: skip
 NO_ORIGINAL = {"scgpt-generative": "the class for pretraining is not in scGPT's package"}
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 operations a second, without sparsity
-FORMULA = (
-    "MFU = [tokens (6 N + attention) + hidden (6 N_head)] / (seconds x peak); tokens without padding, N the "
-    "weights of matrices outside embeddings, softmax attention 12 layers d_model tokens-of-the-cell (not "
-    "halved), FAVOR+ 24 layers heads features d_head; nothing counts twice because it is recomputed"
-)
 Step = Callable[[], float]
 
 
@@ -121,8 +117,8 @@ def cells(corpus: str | None, n: int, seed: int) -> tuple[CellBatch, int]:
     return next(batches(chosen, vocabulary, n, bucket_lengths=range(64, 16_385, 64))), len(vocabulary)
 
 
-def ours(system: str, config: Any, batch: CellBatch, n_genes: int) -> tuple[Step, Any]:
-    """scjax's step, and its tokens as numpy arrays."""
+def ours(system: str, config: Any, batch: CellBatch, n_genes: int) -> tuple[Step, Any, float]:
+    """scjax's step, its tokens as numpy arrays, and the useful operations of a step."""
     settings = dataclasses.asdict(config)
     model, mesh = models.build(system, settings, n_genes), make_mesh(MeshConfig(data=1), jax.devices()[:1])
     tx, _ = make_optimizer(OptimizerConfig(1e-4, schedule="constant", weight_decay=0.01), 1000, model)
@@ -145,7 +141,9 @@ def ours(system: str, config: Any, batch: CellBatch, n_genes: int) -> tuple[Step
         total, weight = metrics["loss"]
         return float(total) / float(weight)
 
-    return run, tokens
+    module = bind(model, state["params"], state["buffers"])
+    operations = float(work_of(model, module, (batch.gene_id >= 0).sum(1), batch.weight)[1])
+    return run, tokens, operations
 
 
 def padding_share(tokens: Any) -> float:
@@ -154,37 +152,6 @@ def padding_share(tokens: Any) -> float:
         return 0.0
     valid = tokens.real if hasattr(tokens, "real") else tokens.gene_id >= 0
     return float(1 - valid.mean())
-
-
-def operations(system: str, c: Any, n_genes: int, tokens: Any) -> float:
-    """Useful floating-point operations of one step; see FORMULA."""
-
-    def softmax_stack(n: np.ndarray, d: int, d_ff: int, layers: int) -> float:
-        return float((n * layers * (6 * (4 * d * d + 2 * d * d_ff) + 12 * d * n)).sum())
-
-    def favor_stack(n: np.ndarray, d: int, heads: int, d_head: int, d_ff: int, layers: int) -> float:
-        features = int(d_head * np.log(d_head))
-        each = 6 * (4 * d * heads * d_head + 2 * d * d_ff) + 24 * heads * features * d_head
-        return float(n.sum() * layers * each)
-
-    d = c.d_model
-    if system == "scgpt":
-        n, hidden = (tokens.gene_id >= 0).sum(1) + 1, tokens.hidden.sum()
-        passes = 2 if c.objective == "generative" and c.second_pass_after else 1
-        total = passes * (softmax_stack(n, d, c.d_ff, c.n_layers) + 6 * hidden * (2 * d * d + d))
-        return total + 6 * n.sum() * d * d + 6 * hidden * d * d
-    if system == "geneformer":
-        hidden = tokens.hidden.sum()
-        return softmax_stack(tokens.real.sum(1), d, c.d_ff, c.n_layers) + 6 * hidden * (d * d + d * n_genes)
-    if system == "scfoundation":
-        n, width = (tokens.gene_id >= 0).sum(1) + 2, c.decoder_d_model
-        every = np.full(len(n), n_genes + 2)
-        decoder = (width, c.decoder_n_heads, c.decoder_d_head, c.decoder_d_ff, c.decoder_n_layers)
-        return softmax_stack(n, d, c.d_ff, c.n_layers) + favor_stack(every, *decoder)
-    n = np.full(len(tokens.shown), n_genes + 1)
-    if system == "celllm":
-        n = 2 * ((tokens.gene_id >= 0).sum(1) + 1)  # two views
-    return favor_stack(n, d, c.n_heads, c.d_head, c.d_ff, c.n_layers)
 
 
 def race(row: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -198,7 +165,7 @@ def race(row: str, args: argparse.Namespace) -> dict[str, Any]:
     n_genes = known if args.size == "smoke" else max(n_genes, known)
     config = from_config(models.resolve(system)[1], changes, where=row)
     ready: dict[str, Step] = {}
-    ready["scjax"], tokens = ours(system, config, batch, n_genes)
+    ready["scjax"], tokens, useful = ours(system, config, batch, n_genes)
     theirs = [kind for kind in args.contestants if kind != "scjax"]
     for kind in theirs:
         if kind == "original" and row in NO_ORIGINAL:
@@ -246,7 +213,6 @@ def race(row: str, args: argparse.Namespace) -> dict[str, Any]:
         name = jax.devices()[0].device_kind
         peak = next((p for key, p in PEAK.items() if key in name), None)
         if peak:
-            useful = operations(system, config, n_genes, tokens)
             line["mfu"] = {kind: round(useful / (t * peak), 3) for kind, t in middle.items()}
     return line
 

@@ -9,7 +9,8 @@ A model is an ``nnx.Module`` with
 - ``embed(batch) -> float32 [B, D]``.
 
 Optional: ``WHOLE_CELLS = True`` for one that must not be given a sample of a cell's genes
-(``data.max_genes``); ``tables(config)`` for values of genes from outside, see ``scjax.train.gene_tables``.
+(``data.max_genes``); ``tables(config)`` for values of genes from outside, see ``scjax.train.gene_tables``;
+``work(n_genes) -> (tokens, operations)``, each [B], for MFU, see :mod:`scjax.nn.work`.
 
 Training, evaluation and the API know nothing else of a model.
 """

@@ -32,7 +32,8 @@ from scjax.nn.embedder import GeneEmbedder, GeneTable
 from scjax.nn.heads import GeneMapHead
 from scjax.nn.layers import Remat, Stack, layer_norm, linear
 from scjax.nn.module import Buffer
-from scjax.nn.performer import PadMask, PerformerBlock, Stabiliser, count_call
+from scjax.nn.performer import PadMask, PerformerBlock, Stabiliser, count_call, n_features
+from scjax.nn.work import favor_stack
 from scjax.objectives import (
     count_bins,
     divide_and_conquer,
@@ -338,6 +339,14 @@ class CellLM(nnx.Module):
         sign = jnp.where(jnp.isin(code, jnp.asarray(c.tumour_codes)), 1.0, -1.0)[:, None]
         weight = jnp.broadcast_to(weight, logit.shape)
         return (weight * jax.nn.softplus(-sign * logit)).sum(), weight.sum()
+
+    def work(self, n_genes: Array) -> tuple[Array, Array]:
+        """``(tokens, operations)`` [B] of a training step, see :mod:`scjax.nn.work`: two views of a cell are
+        twice the operations and the same tokens."""
+        c = self.config
+        tokens = jnp.minimum(n_genes, c.max_length - 1) + 1
+        width = (c.d_model, c.n_heads, c.d_head, c.d_ff, c.n_layers)
+        return tokens, favor_stack((1 + (c.contrast_weight > 0)) * tokens, *width, n_features(c.d_head))
 
     # ------------------------------------------------------------- embedding
     def embed(self, batch: CellBatch) -> Array:

@@ -23,6 +23,7 @@ from scjax.nn.attention import Backend
 from scjax.nn.embedder import GeneEmbedder, GeneTable
 from scjax.nn.layers import Block, Remat, Stack, dropout, fold, layer_norm, linear
 from scjax.nn.module import Buffer
+from scjax.nn.work import dense, softmax_stack
 from scjax.objectives.classification import linear_cross_entropy
 from scjax.types import CellBatch
 
@@ -280,6 +281,13 @@ class Geneformer(nnx.Module):
         return linear_cross_entropy(
             self.transformed(x), self.table(), self.bias[...], tokens.target, mask, None
         )
+
+    def work(self, n_genes: Array) -> tuple[Array, Array]:
+        """``(tokens, operations)`` [B] of a training step, see :mod:`scjax.nn.work`."""
+        c, d, ends = self.config, self.config.d_model, 2 * self.config.specials
+        n = jnp.minimum(n_genes, c.max_length - ends)
+        head = dense(c.mask_fraction * n, d * d + d * self.n_tokens)
+        return n + ends, softmax_stack(n + ends, d, c.d_ff, c.n_layers) + head
 
     def log_frequency(self) -> Array:
         """float32 [V]: log of the share of each token in the batches seen so far, each that may

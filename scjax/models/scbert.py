@@ -21,7 +21,8 @@ from scjax.nn.embedder import GeneEmbedder, GeneTable
 from scjax.nn.heads import GeneMapHead
 from scjax.nn.layers import Remat, Stack, fold, layer_norm, linear
 from scjax.nn.module import Buffer
-from scjax.nn.performer import PerformerBlock, Stabiliser, count_call
+from scjax.nn.performer import PerformerBlock, Stabiliser, count_call, n_features
+from scjax.nn.work import favor_stack
 from scjax.objectives import count_bins, frequency_cross_entropy, masked_cross_entropy
 from scjax.types import CellBatch
 
@@ -223,6 +224,12 @@ class ScBERT(nnx.Module):
             count = jnp.where(tokens.true > 0, tokens.true, -1)
             self.bin_count[...] = count_bins(self.bin_count[...], count, batch.weight)
         return masked, weight, metrics
+
+    def work(self, n_genes: Array) -> tuple[Array, Array]:
+        """``(tokens, operations)`` [B] of a training step, see :mod:`scjax.nn.work`; every gene is read."""
+        c, every = self.config, jnp.full_like(n_genes, self.n_genes + 1)
+        width = (c.d_model, c.n_heads, c.d_head, c.d_ff, c.n_layers)
+        return every, favor_stack(every, *width, n_features(c.d_head))
 
     # ------------------------------------------------------------- embedding
     def embed(self, batch: CellBatch) -> Array:

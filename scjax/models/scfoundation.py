@@ -35,8 +35,9 @@ from scjax.nn.embedder import GeneEmbedder, GeneTable
 from scjax.nn.heads import PooledHead
 from scjax.nn.layers import Block, Remat, Stack, layer_norm, linear
 from scjax.nn.module import Buffer
-from scjax.nn.performer import PerformerBlock, Stabiliser, count_call
+from scjax.nn.performer import PerformerBlock, Stabiliser, count_call, n_features
 from scjax.nn.soft_bins import SoftBins
+from scjax.nn.work import dense, favor_stack, softmax_stack
 from scjax.objectives import masked_mse
 from scjax.types import CellBatch
 
@@ -392,6 +393,17 @@ class ScFoundation(nnx.Module):
         if not self.deterministic:
             self.gene_mean.update(hidden_id, tokens.target, batch.weight)
         return total, weight, {"masked_mse": (total, weight), "gene_mean_mse": baseline}
+
+    def work(self, n_genes: Array) -> tuple[Array, Array]:
+        """``(tokens, operations)`` [B] of a training step, see :mod:`scjax.nn.work`. Every gene is a token, T
+        and S are two more. A thinned cell is taken to lose genes as it loses counts; it loses fewer."""
+        c, every = self.config, jnp.full_like(n_genes, self.n_genes + 2)
+        a, b = c.thinning_beta
+        kept = n_genes * (1 - c.thinning * b / (a + b)) * (1 - c.mask_fraction)
+        read = jnp.minimum(kept, c.encoder_length) + 2
+        decoder = (c.decoder_d_model, c.decoder_n_heads, c.decoder_d_head, c.decoder_d_ff, c.decoder_n_layers)
+        both = softmax_stack(read, c.d_model, c.d_ff, c.n_layers) + dense(read, c.d_model * c.decoder_d_model)
+        return every, both + favor_stack(every, *decoder, n_features(c.decoder_d_head))
 
     # ------------------------------------------------------------- embedding
     def embed(self, batch: CellBatch, target: str | None = None) -> Array:

@@ -32,6 +32,7 @@ from scjax.nn.decoders import BatchVector, CellHead, PromptDecoder, ValueDecoder
 from scjax.nn.embedder import GeneEmbedder, GeneTable
 from scjax.nn.layers import MLP, Block, Remat, Stack, dropout, fold, layer_norm
 from scjax.nn.module import Buffer
+from scjax.nn.work import dense, softmax_stack
 from scjax.objectives import (
     elastic_cell_similarity,
     expressed_nll,
@@ -426,6 +427,27 @@ class ScGPT(nnx.Module):
             )
         scaled = (c.mvc_weight * value if name[:3] == "mvc" else value for name, value in sums.items())
         return sum(scaled, jnp.zeros(())), sums, cell
+
+    def work(self, n_genes: Array) -> tuple[Array, Array]:
+        """``(tokens, operations)`` [B] of a training step, see :mod:`scjax.nn.work`; CLS is a token."""
+        c, d = self.config, self.config.d_model
+        present = jnp.where(n_genes > 0, float(self.n_genes), 0.0) if c.zeros else n_genes
+        n = jnp.minimum(present, c.max_length - 1)
+        tokens, hidden, heads = (
+            n + 1,
+            n * sum(c.mask_fractions) / len(c.mask_fractions),
+            1 + c.zero_probability,
+        )
+        known, passes = tokens, jnp.ones(())
+        if c.objective == "generative":  # the unknown are seen by none but themselves
+            known = tokens - hidden
+            if c.second_pass_after:
+                passes += self.calls[...] >= c.second_pass_after
+        projected = tokens if c.project_unknown else known
+        each = softmax_stack(tokens, d, c.d_ff, c.n_layers, keys=known, projected=projected)
+        each += dense(hidden, heads * ((2 + c.batch_decoder) * d * d + d))
+        once = dense(known, d * d) + (dense(hidden, d * d) if c.mvc_weight else 0.0)
+        return tokens, passes * each + once
 
     # ------------------------------------------------------------- embedding
     def _cell(self, batch: CellBatch) -> Array:
