@@ -1,7 +1,7 @@
 """Mesh, rules for splitting parameters, placing batches, starting a run over several processes."""
 
-from scjax.parallel.hardware import DEVICES, Device, Plan, accumulate_for, choose, device_of
-from scjax.parallel.layout import Layout, current, layout_for
+from scjax.parallel.hardware import DEVICES, Device, Plan, accumulate_for, choose, device_of, layout_for
+from scjax.parallel.layout import Layout, current
 from scjax.parallel.mesh import (
     AXES,
     BATCH_AXES,

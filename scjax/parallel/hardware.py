@@ -15,12 +15,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
-from scjax.parallel.mesh import MeshConfig
+from scjax.parallel.mesh import MeshConfig, make_mesh
+
+if TYPE_CHECKING:
+    from scjax.parallel.layout import Layout
 
 STATE_BYTES = 16  # a parameter: float32 value, gradient and the two moments of Adam
 STATE_SHARE = 0.4  # of the memory that the state may take before it is split over more devices
@@ -163,6 +168,22 @@ def choose(n_devices: int, n_parameters: int, device: Device, mesh: MeshConfig |
     }
     remat = next((policy for policy, tokens in fit.items() if tokens >= ENOUGH_TOKENS), "full")
     return Plan(sizes, fit[remat], remat, device.attention)
+
+
+def layout_for(
+    mesh: MeshConfig | None,
+    n_parameters: int,
+    *,
+    devices: Sequence[Any] | None = None,
+    axis_type: AxisType = AxisType.Auto,
+) -> Layout:
+    """The layout of a model of so many parameters on ``devices`` (default: all), as :func:`choose` says."""
+    from scjax.parallel.layout import Layout  # which asks this module for the backend of its mesh
+
+    devices = jax.devices() if devices is None else list(devices)
+    plan = choose(len(devices), n_parameters, device_of(devices[0].device_kind), mesh)
+    made = make_mesh(plan.mesh, devices, axis_type)
+    return Layout(made, attention=plan.attention, remat=plan.remat, tokens=plan.tokens)
 
 
 def accumulate_for(batch_size: int, length: int, mesh: Mesh, tokens: int | None) -> int:

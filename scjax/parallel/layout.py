@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from scjax.parallel.hardware import device_of
 from scjax.parallel.mesh import BATCH_AXES
 from scjax.parallel.rules import RULES, Rules, partition
 
@@ -34,14 +35,21 @@ class Layout:
     Attributes:
       mesh: axes ``data``, ``fsdp``, ``tensor``.
       rules: logical axis of a parameter -> mesh axis.
-      attention: backend that "auto" stands for, see :func:`scjax.nn.attention.attention`.
+      attention: backend that "auto" stands for, see :func:`scjax.nn.attention.attention`; left out, that
+        of the mesh's devices.
       remat: policy that "auto" stands for, see :class:`scjax.nn.layers.Stack`.
+      tokens: that a device takes in one micro-batch, see :func:`scjax.parallel.accumulate_for`.
     """
 
     mesh: Mesh
     rules: Rules = dataclasses.field(default_factory=lambda: RULES)
-    attention: str = "einsum"
+    attention: str = ""
     remat: str = "none"
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.attention:
+            object.__setattr__(self, "attention", device_of(self.mesh.devices.flat[0].device_kind).attention)
 
     @contextmanager
     def active(self) -> Iterator[None]:
