@@ -3,10 +3,11 @@
 An experiment puts these together and owns its loop; see ``experiments/pretrain.py``.
 """
 
+from scjax.train.ahead import AheadStep, abstract_batch, compile_ahead
 from scjax.train.checkpoint import CheckpointError, Checkpoints, Restored, checkpoint_steps, restore_variables
 from scjax.train.config import DataConfig, RunConfig, TrainConfig, ValidationConfig
 from scjax.train.guard import GuardConfig
-from scjax.train.metrics import Meter, MetricsLog, NonFiniteLoss, read_metrics
+from scjax.train.metrics import Meter, MetricsLog, NonFiniteLoss, TooManySkipped, read_metrics
 from scjax.train.optimizer import (
     OptimizerConfig,
     decay_mask,
@@ -27,11 +28,13 @@ from scjax.train.run import (
     read_run,
 )
 from scjax.train.state import State, abstract_state, count_parameters, init_state, judged_params, shardings_of
+from scjax.train.status import Status
 from scjax.train.step import make_eval_step, make_train_step
 from scjax.train.tables import GeneTables, gene_tables
 
 __all__ = [
     "BASELINES",
+    "AheadStep",
     "CheckpointError",
     "Checkpoints",
     "DataConfig",
@@ -47,10 +50,14 @@ __all__ = [
     "RunConfig",
     "RunProgress",
     "State",
+    "Status",
+    "TooManySkipped",
     "TrainConfig",
     "ValidationConfig",
+    "abstract_batch",
     "abstract_state",
     "checkpoint_steps",
+    "compile_ahead",
     "count_parameters",
     "decay_mask",
     "describe",
