@@ -78,7 +78,8 @@ class AheadStep:
         began = time.perf_counter()
         self.compiled = {batch.shape: step.lower(abstract, batch).compile() for batch in batches}
         self.seconds = time.perf_counter() - began
-        self._structure, self._labels = jax.tree.structure(batches[0]), sorted(batches[0].label)
+        self._structure: Any = jax.tree.structure(batches[0])
+        self._labels = sorted(batches[0].label)
 
     def __call__(self, state: State, batch: CellBatch) -> Any:
         """What the step returns.
