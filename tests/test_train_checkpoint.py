@@ -1,8 +1,7 @@
-"""Checkpoints, metrics, run directories: what is saved comes back, and what must not be used is refused."""
+"""Checkpoints, run directories: what is saved comes back, and what must not be used is refused."""
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import shutil
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from rich.console import Console
 from tiny_model import tiny
 
 from scjax.genes import Vocabulary
@@ -23,11 +21,7 @@ from scjax.parallel import MeshConfig, make_mesh
 from scjax.train import (
     CheckpointError,
     Checkpoints,
-    Meter,
-    MetricsLog,
-    NonFiniteLoss,
     OptimizerConfig,
-    RunProgress,
     TrainConfig,
     abstract_state,
     checkpoint_steps,
@@ -35,7 +29,6 @@ from scjax.train import (
     identity,
     make_optimizer,
     open_run,
-    read_metrics,
     read_run,
     restore_variables,
     shardings_of,
@@ -249,75 +242,6 @@ def test_full_disk(tmp_path):
         assert_equal(restored.state, state)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-# ----------------------------------------------------------------------------------------- metrics
-
-
-def metrics(loss: float, weight: float = 2.0, norm: float = 1.0, cells: float = 4.0):
-    pairs = {"loss": (loss, weight), "grad_norm": (norm, 1.0), "cells": (cells, 1.0), "extra": (0.0, 0.0)}
-    return jax.tree.map(jnp.float32, pairs)
-
-
-def test_meter_weights_its_mean_and_reads_late():
-    meter = Meter()
-    meter.add(1, metrics(2.0, 2.0))
-    meter.add(2, metrics(10.0, 8.0, norm=3.0))
-    assert meter.mean("train") == {"train/loss": 1.2, "train/grad_norm": 2.0}
-    assert meter.cells_per_second > 0
-    meter.add(3, metrics(8.0, 2.0))
-    assert meter.mean("train")["train/loss"] == 4.0
-
-    meter.add(4, metrics(float("nan")))  # not read yet
-    with pytest.raises(NonFiniteLoss, match="step 4: loss nan. Nothing from this step on is saved"):
-        meter.add(5, metrics(1.0))
-    meter = Meter()
-    meter.add(4, metrics(1.0, norm=float("inf")))
-    with pytest.raises(NonFiniteLoss, match="step 4: grad norm inf"):
-        meter.mean("train")
-
-
-def test_metrics_continue_where_the_run_does(tmp_path):
-    log = MetricsLog(tmp_path)
-    for step in (10, 20, 30):
-        log.write(step, {"train/loss": 1 / step, "train/odd": float("nan")})
-    log.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 40, "train/lo')  # killed while writing
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [10, 20, 30]
-    log = MetricsLog(tmp_path, step=20)
-    log.write(30, {"train/loss": 0.5})
-    log.close()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [
-        {"step": 10, "train/loss": 0.1, "train/odd": None},
-        {"step": 20, "train/loss": 0.05, "train/odd": None},
-        {"step": 30, "train/loss": 0.5},
-    ]
-    assert list((tmp_path / "tensorboard").glob("events*"))
-
-
-def test_metrics_without_tensorboard(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
-    log = MetricsLog(tmp_path)
-    log.write(1, {"train/loss": 1.0})
-    log.close()
-    assert capsys.readouterr().out.count("\n") == 1
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 1.0}]
-    assert not (tmp_path / "tensorboard").exists()
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_shows_step_loss_speed_and_time_left(terminal, tmp_path):
-    with (tmp_path / "out").open("w") as file:
-        with RunProgress(20, 5, Console(file=file, force_terminal=terminal, width=100)) as progress:
-            progress.advance(9)
-            progress.report(10, 0.25, 1234.5)
-            progress.say("saved [10]")
-    shown = (tmp_path / "out").read_text()
-    for text in ("step 10/20", "loss 0.2500", "1,234 cells/s", "saved [10]"):
-        assert text in shown
-    assert terminal or "left" in shown
 
 
 def test_due():

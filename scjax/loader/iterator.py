@@ -43,8 +43,8 @@ class BatchIterator(grain.DatasetIterator[CellBatch | SparseBatch]):
         if loader.epochs is not None and self._epoch >= loader.epochs:
             raise StopIteration
         if self._pipeline is None:
-            # prefetched, in the consumer's hands (this step's and the last one's), and being filled
-            self._pipeline = Pipeline(loader, self._epoch, self._step, keep_batches=loader.prefetch + 3)
+            # prefetched, placed ahead (2), in use (this step's and the last one's), and being filled
+            self._pipeline = Pipeline(loader, self._epoch, self._step, keep_batches=loader.prefetch + 5)
         batch = self._pipeline.next()
         self._step += 1
         if self._step == loader.steps_per_epoch:

@@ -16,6 +16,7 @@ from scjax.parallel.mesh import (
     summary,
 )
 from scjax.parallel.placement import place
+from scjax.parallel.prefetch import Prefetch
 from scjax.parallel.rules import RULES, Rules, partition, shardings
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Layout",
     "MeshConfig",
     "Plan",
+    "Prefetch",
     "Rules",
     "accumulate_for",
     "barrier",

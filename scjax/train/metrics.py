@@ -1,65 +1,110 @@
 """Metrics: read from the device a step late, averaged over an interval, written as JSON lines.
 
-Names are paths: ``train/loss``, ``validation/masked_mse``, ``throughput/cells_per_second``.
+Names are paths: ``train/loss``, ``validation/masked_mse``. All that depends on the clock is called
+``time/…`` (seconds of the interval) or ``throughput/…``; see :meth:`Meter.mean`.
 """
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from scjax.train.step import Metrics
+from scjax.parallel.hardware import device_of
+from scjax.train.step import WORK, Metrics
+
+TOLD = 8  # skipped steps that an error names
 
 
 class NonFiniteLoss(FloatingPointError):
     """A loss or gradient that is NaN or infinite."""
 
 
+class TooManySkipped(FloatingPointError):
+    """So many bad steps were skipped that something must be wrong. What is on the devices is good: a skipped
+    step changes nothing."""
+
+
 class Meter:
-    """Means of (sum, weight) metrics over the steps since the last :meth:`mean`.
+    """Means of (sum, weight) metrics over the steps since the last :meth:`mean`, and how fast they went.
 
     The metrics of a step are read when the next step has been given to the device, so that reading them
     never makes the device wait. Every step is checked: a non-finite loss or gradient raises at the
     latest when its mean is asked for, so whoever calls :meth:`mean` before saving saves no state that a
-    bad step has touched.
-
-    Attributes:
-      cells_per_second: over the interval that the last :meth:`mean` closed, the step that compiled left
-        out; None before there is one.
+    bad step has touched. Steps that :mod:`scjax.train.guard` skipped are counted.
     """
 
-    def __init__(self) -> None:
-        self.cells_per_second: float | None = None
+    def __init__(self, mesh: Mesh | None = None, *, began: float | None = None, productive: float = 0.0):
+        """Args:
+        mesh: the devices of a run, whose pace is then told; None for means only.
+        began: when the run began, for its goodput (``Status.began``).
+        productive: seconds that it has spent on steps since, as far as they are kept
+          (``MetricsLog.productive``).
+        """
         self._pending: tuple[int, Metrics] | None = None
         self._totals: dict[str, list[float]] = {}
-        self._clock: float | None = None
-        self._timed_cells = 0.0
+        self._skipped: collections.deque[str] = collections.deque(maxlen=TOLD)
+        self._mesh, self._productive = mesh, productive
+        self._began = time.time() if began is None else began
+        self._first: int | None = None  # step
+        self._start_interval()
+
+    def _start_interval(self) -> None:
+        self._clock = time.perf_counter()
+        self._spent: dict[str, float] = {}
+        self._work = dict.fromkeys(WORK, 0.0)
+
+    @contextmanager
+    def time(self, what: str) -> Iterator[None]:
+        """Counts what is done inside as ``time/<what>``, not as time of a step."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[what] = self._spent.get(what, 0.0) + time.perf_counter() - began
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of ``step`` and reads those of the step before.
 
         Raises:
           NonFiniteLoss: the step before has a non-finite loss or gradient.
+          TooManySkipped: the step before was skipped, and fills the limit.
         """
         jax.tree.map(lambda x: x.copy_to_host_async(), metrics)
         self._read()
         self._pending = (step, metrics)
-        if self._clock is None:  # the first step compiles: neither its time nor its cells count
-            self._clock = time.perf_counter()
-            self._timed_cells = -float(metrics["cells"][0])
+        if self._first is None:  # it may have been compiled: neither its time nor its cells count
+            self._first = step
+            jax.block_until_ready(metrics)
+            self._start_interval()
 
     def _read(self) -> None:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
         values = {name: (float(total), float(weight)) for name, (total, weight) in metrics.items()}
+        work = {name: values.pop(name, (0.0, 0.0))[0] for name in WORK}
+        if step != self._first:
+            self._work = {name: self._work[name] + work[name] for name in WORK}
+        skipped_loss, skipped_norm = (values.pop(f"skipped_{of}", (0.0, 0.0)) for of in ("loss", "grad_norm"))
+        if values.get("skipped", (0.0,))[0]:
+            self._skipped.append(f"{step} (loss {skipped_loss[0]:.4g}, grad norm {skipped_norm[0]:.4g})")
+        if values.pop("guard_full", (0.0,))[0]:
+            raise TooManySkipped(
+                f"{values['skipped_total'][0]:.0f} bad steps have been skipped, the last of them: step "
+                f"{', '.join(self._skipped)}. None of them changed anything. A lower "
+                "optimizer.learning_rate, a longer warm-up or a look at the data may help; train.guard.limit "
+                "says how many are borne"
+            )
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values.get(name, (0.0,))[0])]
         if bad:
             told = ", ".join(f"{name.replace('_', ' ')} {values[name][0]}" for name in bad)
@@ -69,30 +114,61 @@ class Meter:
             )
         for name, (total, weight) in values.items():
             sums = self._totals.setdefault(name, [0.0, 0.0])
+            if name == "skipped_total":
+                sums[:] = 0.0, 0.0  # the latest is what counts
             sums[0] += total
             sums[1] += weight
-        self._timed_cells += values["cells"][0]
 
     def mean(self, prefix: str) -> dict[str, float]:
         """``{"<prefix>/<name>": mean}``, and starts a new interval. A metric without weight is left out.
 
+        ``<prefix>/skipped`` is not a mean but the number of steps skipped in the interval,
+        ``<prefix>/skipped_total`` that since step 0.
+
+        A meter with a mesh adds the pace. Seconds of the interval, which is since the last mean, so that they
+        add up to all of it but for the first step, which compiles: ``time/<what>`` as it was timed, and
+        ``time/step``, the rest: the devices at work, or waited for. Over steps and their input:
+        ``throughput/cells_per_second``, ``throughput/tokens_per_second``, ``throughput/flops_per_second``
+        (operations that the model is worth, see :mod:`scjax.nn.work`, of all devices) and, where the peak of
+        the devices is known, ``throughput/mfu``, the share of their peak in bfloat16. Since the run began:
+        ``throughput/goodput``, the share of the time that was spent on steps of which the run still has what
+        they learned; starting, compiling, saving, judging and what a stop lost are not.
+
         Raises:
-          NonFiniteLoss: the last step has a non-finite loss or gradient.
+          NonFiniteLoss, TooManySkipped: of the last step, as in :meth:`add`.
         """
         self._read()
+        counts = {name: totals[0] for name, totals in self._totals.items() if name == "skipped"}
         means = {
-            f"{prefix}/{name}": total / weight for name, (total, weight) in self._totals.items() if weight
+            f"{prefix}/{name}": counts.get(name, total / weight)
+            for name, (total, weight) in self._totals.items()
+            if weight
         }
-        means.pop(f"{prefix}/cells", None)
-        if self._clock is not None and self._timed_cells > 0:
-            self.cells_per_second = self._timed_cells / (time.perf_counter() - self._clock)
         self._totals = {}
-        self.restart_clock()
+        if self._mesh is not None and self._first is not None:
+            means |= self._pace(self._mesh)
+            self._start_interval()
         return means
 
+    def _pace(self, mesh: Mesh) -> dict[str, float]:
+        """Of the interval that ends now."""
+        step = time.perf_counter() - self._clock - sum(self._spent.values())
+        self._productive += step
+        pace = {f"time/{what}": seconds for what, seconds in self._spent.items()} | {"time/step": step}
+        busy = step + self._spent.get("input_wait", 0.0)
+        for what, name in (("cells", "cells"), ("tokens", "tokens"), ("operations", "flops")):
+            if self._work[what]:
+                pace[f"throughput/{name}_per_second"] = self._work[what] / busy
+        peak = device_of(mesh.devices.flat[0].device_kind).peak_bf16
+        if peak is not None and self._work["operations"]:
+            pace["throughput/mfu"] = self._work["operations"] / busy / (mesh.size * peak)
+        pace["throughput/goodput"] = self._productive / max(time.time() - self._began, self._productive)
+        return pace
+
+    cells_per_second: float | None = None  # until the loop takes the pace from the means
+
     def restart_clock(self) -> None:
-        """Leaves out of the speed what was done since :meth:`mean`, such as validation."""
-        self._clock, self._timed_cells = time.perf_counter(), 0.0
+        pass
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
@@ -114,19 +190,22 @@ class MetricsLog:
       step: the step that the run starts from; lines beyond it, written by a run that went on after its
         last checkpoint and was then killed, are dropped, so that the file becomes that of a run which
         was never interrupted.
+
+    Attributes:
+      productive: seconds that the steps of the lines kept took.
     """
 
     def __init__(self, directory: str | pathlib.Path, step: int = 0):
         self.path = pathlib.Path(directory) / "metrics.jsonl"
+        self.productive = 0.0
         self._file = self._tensorboard = None
         if jax.process_index() != 0:
             return
         if self.path.exists():
-            kept = "".join(
-                json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= step
-            )
+            kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+            self.productive = sum(line.get("time/step", 0.0) for line in kept)
             partial = self.path.with_name(".metrics.jsonl.partial")
-            partial.write_text(kept)
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(partial, self.path)
         self._file = self.path.open("a")
         try:

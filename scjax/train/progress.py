@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+RATES = {"throughput/cells_per_second": "cells/s", "throughput/tokens_per_second": "tokens/s"}
+
 
 class RunProgress:
-    """Shows step, cells a second, time left and loss. Only process 0 shows anything.
+    """Shows step, cells and tokens a second, MFU, time left and loss. Only process 0 shows anything.
 
     Args:
       steps: of the whole run.
@@ -47,16 +51,27 @@ class RunProgress:
         """Moves the bar; costs next to nothing."""
         self._bar.update(self._task, completed=step)
 
-    def report(self, step: int, loss: float, cells_per_second: float | None) -> None:
-        """Shows the newest loss and speed; on anything but a terminal, prints one line."""
-        rate = "" if cells_per_second is None else f"{cells_per_second:,.0f} cells/s"
-        self._bar.update(self._task, completed=step, rate=rate, loss=f"loss {loss:.4f}")
+    def show(self, step: int, means: Mapping[str, float]) -> None:
+        """Shows the newest loss and pace of :meth:`scjax.train.Meter.mean`; on anything but a terminal, as a
+        line."""
+        told = [f"{means[name]:,.0f} {unit}" for name, unit in RATES.items() if name in means]
+        if "throughput/mfu" in means:
+            told.append(f"MFU {means['throughput/mfu']:.1%}")
+        elif "throughput/flops_per_second" in means:
+            told.append(f"{means['throughput/flops_per_second'] / 1e9:,.0f} GFLOP/s")
+        if means.get("train/skipped_total"):
+            told.append(f"{means['train/skipped_total']:.0f} skipped")
+        rate, loss = "  ".join(told), f"loss {means.get('train/loss', math.nan):.4f}"
+        self._bar.update(self._task, completed=step, rate=rate, loss=loss)
         if not self._console.is_terminal:
             (before, then), self._last = self._last, (step, time.monotonic())
             left = (self._last[1] - then) / max(step - before, 1) * (self.steps - step)
             minutes, seconds = divmod(round(left), 60)
-            parts = [f"step {step}/{self.steps}", f"loss {loss:.4f}", rate, f"{minutes}:{seconds:02d} left"]
+            parts = [f"step {step}/{self.steps}", loss, rate, f"{minutes}:{seconds:02d} left"]
             self.say("  ".join(part for part in parts if part))
+
+    def report(self, step: int, loss: float, cells_per_second: float | None) -> None:  # until the loop shows
+        self.show(step, {"train/loss": loss})
 
     def say(self, message: str) -> None:
         """Prints a line without breaking the bar."""
