@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scjax import __version__
-from scjax.cli import corpus, evaluation, suites
+from scjax.cli import corpus, evaluation, launch, runs, suites
 from scjax.cli.shared import add_reading, err, escape, out, read, refuse_existing, write_whole
 
 
@@ -118,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluation.add_commands(commands)
     suites.add_commands(commands)
+    runs.add_commands(commands)
+    launch.add_commands(commands)
 
     command = commands.add_parser("import", help="a published checkpoint to a run directory")
     command.set_defaults(run=import_)

@@ -1,0 +1,196 @@
+"""Runs on this machine: one process, or several that are one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from scjax.config import ConfigError
+from scjax.launch.codes import REQUEUE
+
+GRACE = 60.0  # seconds for the processes of a run that leaves in good order to follow the first
+LAST_WORDS = 5.0  # seconds for the survivors of a lost process to say what they saw
+SHOWN = 15  # lines of output that an error repeats
+
+
+@dataclasses.dataclass
+class LocalRun:
+    """A run on this machine, started again as often as it should be.
+
+    Attributes:
+      command: of each process.
+      directory: for the output of all processes but the first, ``process-1.log`` and so on.
+      processes: how many are one run. They find each other by ``JAX_COORDINATOR_ADDRESS``,
+        ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``.
+      gpus: of each process, dealt in order from ``CUDA_VISIBLE_DEVICES`` or from 0; None: all see all.
+      environment: variables beside those of this process.
+      restarts: how often a run that saved itself (exit 75) or of which a process was killed is started again.
+      say: takes lines about what happens.
+    """
+
+    command: Sequence[str]
+    directory: Path
+    processes: int = 1
+    gpus: int | None = None
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    restarts: int = 3
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
+
+    def __post_init__(self) -> None:
+        if self.processes < 1 or self.restarts < 0 or (self.gpus is not None and self.gpus < 1):
+            raise ConfigError("--processes and --gpus must be at least 1, --restarts at least 0")
+        self._running: list[subprocess.Popen] = []
+        self._stopping = False
+
+    def run(self) -> int:
+        """Runs to the end; the exit status of the run (128 and the signal for one that was killed).
+
+        SIGTERM and SIGINT are passed on as SIGTERM, upon which a run saves itself; the second SIGINT kills.
+        """
+        before = {name: signal.signal(name, self._stop) for name in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            for restart in range(self.restarts + 1):
+                code, why = self._once()
+                again = code == REQUEUE or code > 128
+                if not again or self._stopping or restart == self.restarts:
+                    break
+                self.say(f"launch: {why}; started again ({restart + 1} of at most {self.restarts})")
+            if code:
+                self.say(f"launch: {why}")
+            return code
+        finally:
+            for process in self._running:
+                if process.poll() is None:
+                    process.kill()
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was told to stop."""
+        return self._stopping
+
+    def environment_of(self, index: int, port: int) -> dict[str, str]:
+        """What process ``index`` has in its environment beside that of this process."""
+        given = dict(self.environment)
+        if self.processes > 1:
+            given |= {
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": str(self.processes),
+                "JAX_PROCESS_ID": str(index),
+            }
+        if self.gpus is not None:
+            visible = given.get("CUDA_VISIBLE_DEVICES") or os.environ.get("CUDA_VISIBLE_DEVICES")
+            needed = self.processes * self.gpus
+            devices = visible.split(",") if visible else [str(i) for i in range(needed)]
+            if len(devices) < needed:
+                raise ConfigError(
+                    f"{self.processes} processes of {self.gpus} GPUs each; CUDA_VISIBLE_DEVICES={visible}"
+                )
+            given["CUDA_VISIBLE_DEVICES"] = ",".join(devices[index * self.gpus : (index + 1) * self.gpus])
+        return given
+
+    def output_of(self, index: int) -> Path | None:
+        """Where a process writes; None: the first writes here."""
+        return self.directory / f"process-{index}.log" if index else None
+
+    def _once(self) -> tuple[int, str]:
+        """Starts all processes and waits for them; exit status and what happened."""
+        port = _free_port()
+        self._running = []
+        for index in range(self.processes):
+            output = self.output_of(index)
+            environment = os.environ | self.environment_of(index, port)
+            with output.open("a") if output else open(os.devnull) as file:
+                self._running.append(
+                    subprocess.Popen(
+                        self.command,
+                        env=environment,
+                        stdout=file if output else None,
+                        stderr=subprocess.STDOUT if output else None,
+                        start_new_session=True,  # signals of the terminal come here alone
+                    )
+                )
+            if self._stopping:
+                break
+        first = self._first_to_leave()
+        code = _status(self._running[first])
+        if code == 0:
+            for process in self._running:
+                process.wait()
+            failed = [i for i, process in enumerate(self._running) if process.returncode]
+            if not failed:
+                return 0, ""
+            first = failed[0]
+            code = _status(self._running[first])
+        others = [process for i, process in enumerate(self._running) if i != first]
+        self._await(others, GRACE if code == REQUEUE else LAST_WORDS)
+        stopped = sum(process.poll() is None for process in others)
+        for process in others:
+            process.kill()
+            process.wait()
+        return code, self._story(first, code, stopped)
+
+    def _first_to_leave(self) -> int:
+        """The process that ended first; of several, one that was killed rather than one that complains."""
+        while True:
+            ended = [i for i, process in enumerate(self._running) if process.poll() is not None]
+            if ended:
+                killed = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGTERM)
+                order = {True: 0, False: 1}
+                return min(
+                    ended,
+                    key=lambda i: (
+                        order[self._running[i].returncode in killed],
+                        order[self._running[i].returncode != 0],
+                        i,
+                    ),
+                )
+            time.sleep(0.05)
+
+    def _await(self, processes: Sequence[subprocess.Popen], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while any(process.poll() is None for process in processes) and time.monotonic() < end:
+            time.sleep(0.05)
+
+    def _story(self, index: int, code: int, stopped: int) -> str:
+        if code == REQUEUE:
+            return "the run saved itself and asks to be started again (exit 75)"
+        process = self._running[index]
+        name = f"process {index} of {self.processes} (pid {process.pid})" if self.processes > 1 else "the run"
+        killed = f"was killed by {signal.Signals(-process.returncode).name}" if process.returncode < 0 else ""
+        story = f"{name} {killed or f'failed with exit status {code}'}"
+        if stopped:
+            story += f"; the other {'process was' if stopped == 1 else f'{stopped} processes were'} stopped"
+        output = self.output_of(index)
+        if output is not None:
+            lines = output.read_text(errors="replace").splitlines()[-SHOWN:]
+            story += f"; the end of {output}:\n" + "\n".join(f"  {line}" for line in lines)
+        return story
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        second = self._stopping and number == signal.SIGINT
+        self._stopping = True
+        for process in self._running:
+            if process.poll() is None:
+                process.kill() if second else process.terminate()
+
+
+def _status(process: subprocess.Popen) -> int:
+    """As a shell tells it."""
+    code = process.wait()
+    return 128 - code if code < 0 else code
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
