@@ -163,6 +163,7 @@ class CellLM(nnx.Module):
     """
 
     WHOLE_CELLS = True  # library size and depths are sums over all genes of the vocabulary
+    READOUTS = ()  # see scjax.train.width
 
     def __init__(self, config: CellLMConfig, n_genes: int, *, rngs: nnx.Rngs):
         c, d = config, config.d_model

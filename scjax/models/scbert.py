@@ -110,6 +110,7 @@ class ScBERT(nnx.Module):
     """
 
     WHOLE_CELLS = True  # library size and depths are sums over all genes of the vocabulary
+    READOUTS = ()  # see scjax.train.width
 
     def __init__(self, config: ScBERTConfig, n_genes: int, *, rngs: nnx.Rngs):
         c, d = config, config.d_model

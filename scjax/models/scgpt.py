@@ -174,6 +174,8 @@ class ScGPT(nnx.Module):
       n_genes: size of the vocabulary; the ids after it are ``<pad>``, ``<cls>`` and ``<eoc>``.
     """
 
+    READOUTS = ("mvc/value/kernel", "mvc/expressed/kernel", "mvc/expressed/bias")  # see scjax.train.width
+
     def __init__(self, config: ScGPTConfig, n_genes: int, *, rngs: nnx.Rngs):
         c, d, dtype = config, config.d_model, jnp.dtype(config.dtype)
         typed: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
