@@ -6,6 +6,7 @@ An experiment puts these together and owns its loop; see ``experiments/pretrain.
 from scjax.train.ahead import AheadStep, abstract_batch, compile_ahead
 from scjax.train.checkpoint import CheckpointError, Checkpoints, Restored, checkpoint_steps, restore_variables
 from scjax.train.config import DataConfig, RunConfig, TrainConfig, ValidationConfig
+from scjax.train.data import make_loaders, manifests_of, open_data
 from scjax.train.guard import GuardConfig
 from scjax.train.metrics import Meter, MetricsLog, NonFiniteLoss, TooManySkipped, read_metrics
 from scjax.train.optimizer import (
@@ -15,14 +16,12 @@ from scjax.train.optimizer import (
     make_schedule,
     moving_average,
 )
-from scjax.train.probe import BASELINES, Probe, effective_rank, masked_gap, read_labels
+from scjax.train.probe import BASELINES, Probe, effective_rank, masked_gap, read_labels, results
 from scjax.train.progress import RunProgress
 from scjax.train.run import (
     Run,
     describe,
     identity,
-    manifests_of,
-    open_data,
     open_run,
     read_model,
     read_run,
@@ -31,6 +30,7 @@ from scjax.train.state import State, abstract_state, count_parameters, init_stat
 from scjax.train.status import Status
 from scjax.train.step import make_eval_step, make_train_step
 from scjax.train.tables import GeneTables, gene_tables
+from scjax.train.width import base_of, grown
 
 __all__ = [
     "BASELINES",
@@ -56,6 +56,7 @@ __all__ = [
     "ValidationConfig",
     "abstract_batch",
     "abstract_state",
+    "base_of",
     "checkpoint_steps",
     "compile_ahead",
     "count_parameters",
@@ -63,10 +64,12 @@ __all__ = [
     "describe",
     "effective_rank",
     "gene_tables",
+    "grown",
     "identity",
     "init_state",
     "judged_params",
     "make_eval_step",
+    "make_loaders",
     "make_optimizer",
     "make_schedule",
     "make_train_step",
@@ -80,5 +83,6 @@ __all__ = [
     "read_model",
     "read_run",
     "restore_variables",
+    "results",
     "shardings_of",
 ]

@@ -282,7 +282,7 @@ def checkpoint_steps(directory: str | pathlib.Path) -> list[int]:
 
 
 def restore_variables(
-    directory: str | pathlib.Path, shapes: dict[str, Any], step: int | None = None
+    directory: str | pathlib.Path, shapes: dict[str, Any], step: int | None = None, *, average: bool = True
 ) -> tuple[dict[str, Any], int]:
     """``({"params", "buffers"}, step)`` of one checkpoint, without optimiser or cursor.
 
@@ -291,6 +291,7 @@ def restore_variables(
       shapes: ``scjax.nn.shapes_of(model)``. Leaves may carry a sharding; those that do not go to the
         first local device.
       step: which checkpoint; the newest by default.
+      average: take the moving average of the parameters for them, where the run keeps one.
 
     Raises:
       FileNotFoundError: no (such) checkpoint; names those there are.
@@ -311,7 +312,10 @@ def restore_variables(
     )
     try:
         meta = json.loads((path / "meta" / "metadata").read_text())
-        saved = {name: leaf for name, leaf in meta["leaves"].items() if name.split("/")[0] in shapes}
+        averaged = average and any(name.startswith("ema/") for name in meta["leaves"])
+        if averaged:
+            target["ema"] = target.pop("params")
+        saved = {name: leaf for name, leaf in meta["leaves"].items() if name.split("/")[0] in target}
         if different := changes(saved, _describe(target)):
             raise CheckpointError(f"checkpoint {path} holds another model: {'; '.join(different[:5])}")
         arguments = ocp.checkpoint_utils.construct_restore_args(target)
@@ -319,6 +323,8 @@ def restore_variables(
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             variables = reader.restore(path / "state", args=restore)
         _verify(variables, meta)
+        if averaged:
+            variables["params"] = variables.pop("ema")
     except CheckpointError:
         raise
     except FAILURES as error:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from scjax.config import ConfigError
 from scjax.models import resolve
 from scjax.parallel import MeshConfig
+from scjax.train.guard import GuardConfig
 from scjax.train.optimizer import OptimizerConfig
 
 
@@ -72,6 +73,7 @@ class TrainConfig:
       eval_every, checkpoint_every: None for only at the end.
       probe_every: None for never; else labels are also read off the frozen embedding of validation cells
         before the first step, every so many steps and at the end (see :class:`scjax.train.Probe`).
+      guard: which steps are skipped, and when there are too many of them.
       keep: how many checkpoints stay, the newest.
       keep_every: checkpoints of every so many steps stay besides; None for none.
       profile: (first, number): steps whose profile is written to ``profile/`` of the run, for XProf or
@@ -87,6 +89,7 @@ class TrainConfig:
     eval_every: int | None = None
     checkpoint_every: int | None = None
     probe_every: int | None = None
+    guard: GuardConfig = GuardConfig()
     keep: int = 3
     keep_every: int | None = None
     profile: tuple[int, int] | None = None

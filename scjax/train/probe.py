@@ -13,6 +13,7 @@ import itertools
 import warnings
 from collections.abc import Mapping
 from contextlib import closing
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,6 +49,28 @@ def masked_gap(means: Mapping[str, float], prefix: str = "validation") -> dict[s
         if error is not None and least is not None:
             return {f"{prefix}/masked_gap": least - error}
     return {}
+
+
+def results(lines: list[dict[str, Any]], split: str = "validation") -> list[str]:
+    """What a run came to, for people: the last value of every metric, and the masked error beside that of
+    knowing nothing.
+
+    Args:
+      lines: of ``metrics.jsonl``, see :func:`scjax.train.read_metrics`.
+      split: "validation", or "train" for a run without.
+    """
+    last: dict[str, float] = {}
+    for line in lines:
+        last.update({name: value for name, value in line.items() if value is not None})
+    told = ["  ".join(f"{name} {value:.4g}" for name, value in last.items() if name != "step")]
+    for metric, baseline in BASELINES.items():
+        error, least = last.get(f"{split}/{metric}"), last.get(f"{split}/{baseline}")
+        if error is not None and least:
+            told.append(
+                f"{split}: masked error {error:.4f} ({metric}), that of knowing nothing {least:.4f} "
+                f"({baseline}); gap {least - error:+.4f} ({(least - error) / least:+.0%})"
+            )
+    return told
 
 
 class Probe:

@@ -20,14 +20,12 @@ from typing import Any
 import jax
 
 import scjax
-from scjax.config import ConfigError, from_config
-from scjax.corpus import Corpus, Mixture, open_corpus
+from scjax.config import from_config
 from scjax.genes import Vocabulary
 from scjax.models import build, resolve
 from scjax.nn.module import shapes_of
 from scjax.parallel import barrier
 from scjax.train.checkpoint import changes, refuse_changes, restore_variables
-from scjax.train.config import DataConfig
 
 FORMAT = "scjax-run"
 VERSION = 1
@@ -77,41 +75,6 @@ def identity(model: Mapping[str, Any]) -> dict[str, Any]:
     same["model"] = {name: value for name, value in same["model"].items() if name not in COMPUTED}
     tables = {name: f"sha256 {about['sha256'][:16]}" for name, about in model.get("tables", {}).items()}
     return {**same, "tables": tables} if tables else same
-
-
-def open_data(config: DataConfig, workdir: str | pathlib.Path) -> Corpus | Mixture:
-    """The corpus of a run in the state in which the run began, whatever was appended to it since.
-
-    A run that is new takes the present state. ``PATH@MANIFEST`` in the config is taken as it says.
-
-    Raises:
-      ConfigError: shares for a single corpus, or other corpora than the run began with.
-      FileNotFoundError, ValueError, OSError: see :func:`scjax.corpus.open_corpus`.
-    """
-    single = isinstance(config.corpus, str)
-    if single and config.shares is not None:
-        raise ConfigError("data.shares is for several corpora, and data.corpus names one")
-    paths = [config.corpus] if isinstance(config.corpus, str) else list(config.corpus)
-    began: list[str] = []
-    if (pathlib.Path(workdir) / "model.json").exists():
-        began = read_run(workdir).model.get("manifests", [])
-        if began and len(began) != len(paths):
-            raise ConfigError(f"the run in {workdir} began with {len(began)} corpora, not {len(paths)}")
-    for i, manifest in enumerate(began):
-        if "@" not in paths[i].rpartition("/")[2] or pathlib.Path(paths[i]).exists():
-            paths[i] = f"{paths[i]}@{manifest}"
-    try:
-        return open_corpus(paths[0] if single else paths, config.shares, cache=config.cache)
-    except FileNotFoundError as error:
-        if not began:
-            raise
-        raise ConfigError(f"the run in {workdir} began with corpus {', '.join(began)}: {error}") from error
-
-
-def manifests_of(corpus: Corpus | Mixture) -> list[str]:
-    """The manifest of a corpus, or those of the members of a mixture, in order."""
-    members = corpus.members.values() if isinstance(corpus, Mixture) else [corpus]
-    return [member.manifest_id for member in members]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,12 +143,13 @@ def read_run(path: str | pathlib.Path) -> Run:
     return Run(path, model)
 
 
-def read_model(path: str | pathlib.Path, step: int | None = None) -> dict[str, Any]:
+def read_model(path: str | pathlib.Path, step: int | None = None, *, average: bool = True) -> dict[str, Any]:
     """What a trained model is made of: its system, config, vocabulary, params, buffers, step and path.
 
     Args:
       path: a run directory, or one checkpoint in it (``RUN/checkpoints/STEP``).
       step: which checkpoint; the newest by default.
+      average: take the moving average of the parameters for them, where the run keeps one.
 
     Raises:
       FileNotFoundError: no run, or no such checkpoint; names those there are.
@@ -197,7 +161,7 @@ def read_model(path: str | pathlib.Path, step: int | None = None) -> dict[str, A
     run = read_run(path)
     vocabulary = run.vocabulary
     shapes = shapes_of(build(run.model["system"], run.model["model"], len(vocabulary), run.model["seed"]))
-    variables, step = restore_variables(run.checkpoints, shapes, step)
+    variables, step = restore_variables(run.checkpoints, shapes, step, average=average)
     return {
         "system": run.model["system"],
         "config": run.model["model"],
@@ -228,7 +192,9 @@ def open_run(path: str | pathlib.Path, model: Mapping[str, Any], vocabulary: Voc
     if (path / "model.json").exists():
         refuse_changes(identity(read_run(path).model), identity(model), path)
     elif path.exists():
-        others = sorted(p.name for p in path.iterdir() if not p.name.endswith(".partial"))
+        others = sorted(
+            p.name for p in path.iterdir() if not p.name.endswith(".partial") and p.name != "launch"
+        )
         if others:
             shown = ", ".join(others[:5]) + (" ..." if len(others) > 5 else "")
             raise FileExistsError(
