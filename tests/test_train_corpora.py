@@ -128,5 +128,5 @@ def test_a_folder_with_an_at_sign_is_opened_as_it_was_when_the_run_began(tmp_pat
     append_corpus(folder, synthetic_adata(n_cells=50, seed=2), names=["two"], progress=False)
     (tmp_path / "model.json").touch()
     run = types.SimpleNamespace(model={"manifests": [began.manifest_id]})
-    monkeypatch.setattr("scjax.train.run.read_run", lambda workdir: run)
+    monkeypatch.setattr("scjax.train.data.read_run", lambda workdir: run)
     assert open_data(DataConfig(str(folder), 4), tmp_path).manifest_id == began.manifest_id
