@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from scjax.encoding.random import gene_uniform
+from scjax.parallel.layout import top_k
 
 Method = Literal["random", "top"]
 
@@ -43,7 +43,7 @@ def select_genes(
         raise ValueError(f'method is "random" or "top", not {method!r}')
     uniform = jnp.where(gene_id >= 0, gene_uniform(keys, gene_id), -1.0)
     if method == "random" and keep is None:
-        _, slot = jax.lax.top_k(uniform, length)
+        _, slot = top_k(uniform, length)
     else:  # by one criterion after another; the last named here is the first to decide
         criteria = [-uniform]
         if method == "top":

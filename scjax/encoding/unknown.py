@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from scjax.encoding.random import gene_uniform
+from scjax.parallel.layout import top_k
 from scjax.types import CellBatch
 
 
@@ -44,7 +44,7 @@ def split_unknown(
     """
     length = min(gene_id.shape[1], length)
     valid = gene_id >= 0
-    _, order = jax.lax.top_k(jnp.where(valid, gene_uniform(keys, gene_id), -1.0), length)
+    _, order = top_k(jnp.where(valid, gene_uniform(keys, gene_id), -1.0), length)
     n = jnp.minimum(valid.sum(1, keepdims=True), length)
     n_unknown = jnp.floor(n * jnp.asarray(fractions, jnp.float32)[drawn] + 1e-4).astype(jnp.int32)
     room = jnp.asarray([unknown_room(length, fraction) for fraction in fractions])[drawn]

@@ -25,6 +25,7 @@ from scjax.nn.layers import Block, Remat, Stack, dropout, fold, layer_norm, line
 from scjax.nn.module import Buffer
 from scjax.nn.work import dense, softmax_stack
 from scjax.objectives.classification import linear_cross_entropy
+from scjax.parallel.layout import top_k
 from scjax.types import CellBatch
 
 EPSILON = 1e-12  # of BERT's layer norms
@@ -134,6 +135,8 @@ class Geneformer(nnx.Module):
         ``config.specials``, ``<cls>`` and ``<eos>``.
     """
 
+    READOUTS = ("transform_norm/scale", "transform_norm/bias")  # scores with the embedding; scjax.train.width
+
     def __init__(self, config: GeneformerConfig, n_genes: int, *, rngs: nnx.Rngs):
         c, d = config, config.d_model
         dtype = jnp.dtype(c.dtype)
@@ -205,7 +208,7 @@ class Geneformer(nnx.Module):
         free = token != self.pad if c.maskable_specials else token < self.n_genes
         p = c.mask_fraction
         uniform = jnp.where(free, gene_uniform(choice, token), 1.0)
-        lowest, position = jax.lax.top_k(-uniform, places(token.shape[1], p))
+        lowest, position = top_k(-uniform, places(token.shape[1], p))
         hidden = -lowest < p
         target = jnp.take_along_axis(token, position, axis=1)
 

@@ -39,6 +39,7 @@ from scjax.nn.performer import PerformerBlock, Stabiliser, count_call, n_feature
 from scjax.nn.soft_bins import SoftBins
 from scjax.nn.work import dense, favor_stack, softmax_stack
 from scjax.objectives import masked_mse
+from scjax.parallel.layout import top_k
 from scjax.types import CellBatch
 
 Decoding = Literal["auto", "batched", "cellwise"]
@@ -170,6 +171,7 @@ class ScFoundation(nnx.Module):
     """
 
     WHOLE_CELLS = True  # library size and depths are sums over all genes of the vocabulary
+    READOUTS = ()  # see scjax.train.width
 
     def __init__(self, config: ScFoundationConfig, n_genes: int, *, rngs: nnx.Rngs):
         c, d = config, config.d_model
@@ -249,7 +251,7 @@ class ScFoundation(nnx.Module):
         everything = jnp.broadcast_to(jnp.arange(size), (len(n), size))
         drawn = gene_uniform(choice, everything)
         drawn = jnp.where(to_all_genes(expressed, jnp.ones_like(value), size) > 0, -1.0, drawn)
-        _, zero_id = jax.lax.top_k(drawn, zeros)
+        _, zero_id = top_k(drawn, zeros)
         lost = jnp.take_along_axis(to_all_genes(batch.gene_id, truth, size), zero_id, axis=-1)
         n_zero = jnp.floor((size - n) * c.zero_mask_fraction + 1e-4)
 

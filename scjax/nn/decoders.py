@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from scjax.nn.layers import ACTIVATIONS, MLP, layer_norm, linear
+from scjax.nn.layers import ACTIVATIONS, MLP, layer_norm
+from scjax.nn.linear import linear
+from scjax.parallel.layout import whole
 
 Predicted = tuple[Array, Array | None]
 
@@ -79,7 +81,8 @@ class PromptDecoder(nnx.Module):
 
         def product(layer: nnx.Linear) -> Array:
             # (W q) . c = q . (W^T c): one small product a cell instead of one a gene
-            cell_BE = jnp.einsum("bd,ed->be", cell, layer.kernel[...].astype(cell.dtype))
+            kernel_ED = whole(layer.kernel[...], layer.kernel.get_metadata()["axes"])
+            cell_BE = jnp.einsum("bd,ed->be", cell, kernel_ED.astype(cell.dtype))
             value = jnp.einsum("bme,be->bm", query_BME, cell_BE, preferred_element_type=jnp.float32)
             return (
                 value if layer.bias is None else value + (cell @ layer.bias[...].astype(cell.dtype))[:, None]

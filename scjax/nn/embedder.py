@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from scjax.nn.layers import linear
+from scjax.nn.linear import linear
 from scjax.nn.module import Buffer
+from scjax.parallel.layout import whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,8 @@ class GeneEmbedder(nnx.Module):
         """float32 [..., d_model] of int32 ids [...], each from 0 to n_genes + n_special - 1."""
         if self.kind == "random":
             return self.embedding[...][ids]
-        is_gene, gene, table = ids < self.n_genes, jnp.minimum(ids, self.n_genes - 1), self.table[...]
+        is_gene, gene = ids < self.n_genes, jnp.minimum(ids, self.n_genes - 1)
+        table = whole(self.table[...], ("vocab", "embed"))
         if self.kind == "frozen":
             if not self.special[...].shape[0]:
                 return table[gene]

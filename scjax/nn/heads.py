@@ -8,7 +8,8 @@ from flax import nnx
 from jax import Array
 
 from scjax.nn.batchnorm import DomainBatchNorm
-from scjax.nn.layers import MLP, linear
+from scjax.nn.layers import MLP
+from scjax.nn.linear import linear
 
 
 class PooledHead(nnx.Module):

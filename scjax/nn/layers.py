@@ -13,8 +13,9 @@ from flax import nnx
 from jax import Array
 
 from scjax.nn.attention import Backend, attention
+from scjax.nn.linear import LECUN, LinearGeneral, linear
+from scjax.parallel.layout import rows
 
-LECUN = nnx.initializers.lecun_normal()
 Remat = Literal["none", "full", "dots"]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -22,29 +23,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "leaky_relu": jax.nn.leaky_relu,
 }
-
-
-def linear(
-    n_in: int,
-    n_out: int,
-    axes: tuple[str | None, str | None],
-    *,
-    rngs: nnx.Rngs,
-    use_bias: bool = True,
-    dtype: Any = None,
-    kernel_init: Callable[..., Array] = LECUN,
-) -> nnx.Linear:
-    """A dense layer whose kernel and bias carry logical axis names."""
-    return nnx.Linear(
-        n_in,
-        n_out,
-        use_bias=use_bias,
-        dtype=dtype,
-        rngs=rngs,
-        kernel_init=kernel_init,
-        kernel_metadata={"axes": axes},
-        bias_metadata={"axes": axes[1:]},
-    )
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -148,7 +126,7 @@ class Attention(nnx.Module):
             raise ValueError(f"n_heads = {n_heads} does not divide d_model = {d_model}")
         head = d_model // n_heads
         self.backend = backend
-        self.qkv = nnx.LinearGeneral(
+        self.qkv = LinearGeneral(
             d_model,
             (3, n_heads, head),
             dtype=dtype,
@@ -157,7 +135,7 @@ class Attention(nnx.Module):
             kernel_metadata={"axes": ("embed", None, "heads", "head")},
             bias_metadata={"axes": (None, "heads", "head")},
         )
-        self.out = nnx.LinearGeneral(
+        self.out = LinearGeneral(
             (n_heads, head),
             d_model,
             axis=(-2, -1),
@@ -234,7 +212,8 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """``n_layers`` equal blocks with stacked parameters, run by one scan.
+    """``n_layers`` equal blocks with stacked parameters, run by one scan. On a mesh each layer's kernels are
+    gathered where the layer runs, see :func:`scjax.nn.linear.product`.
 
     Args:
       make_block: builds one block from ``rngs``.
@@ -267,7 +246,8 @@ class Stack(nnx.Module):
 
         def layer(x: Array, this: tuple[Any, Array]) -> tuple[Array, None]:
             variables, number = this
-            return nnx.merge(graphdef, variables)(x, *context, fold(keys, number), **options), None
+            x = nnx.merge(graphdef, variables)(rows(x), *context, fold(keys, number), **options)
+            return rows(x), None
 
         if self.remat == "full":
             layer = jax.checkpoint(layer)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from scjax.nn.layers import ACTIVATIONS, Stack, dropout, fold, layer_norm, linear
+from scjax.nn.layers import ACTIVATIONS, Stack, dropout, fold, layer_norm
+from scjax.nn.linear import LinearGeneral, linear
 from scjax.nn.module import Buffer
 
 Stabiliser = Literal["head", "global"]
@@ -176,7 +177,7 @@ class PerformerAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.stabiliser, self.mask = stabiliser, mask
-        self.qkv = nnx.LinearGeneral(
+        self.qkv = LinearGeneral(
             d_model,
             (3, n_heads, d_head),
             use_bias=qkv_bias,
@@ -185,7 +186,7 @@ class PerformerAttention(nnx.Module):
             kernel_metadata={"axes": ("embed", None, "heads", "head")},
             bias_metadata={"axes": (None, "heads", "head")},
         )
-        self.out = nnx.LinearGeneral(
+        self.out = LinearGeneral(
             (n_heads, d_head),
             d_model,
             axis=(-2, -1),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from scjax.nn.layers import linear
+from scjax.nn.linear import linear
 
 SLOPE = 0.1  # of the leaky ReLU below zero
 

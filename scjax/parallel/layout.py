@@ -69,7 +69,7 @@ class Layout:
         """On the mesh as the code that is being traced sees it: its axes are Auto while a loss is traced,
         also where those of ``mesh`` are Explicit."""
         seen = jax.sharding.get_abstract_mesh()
-        return NamedSharding(self.mesh if seen.empty else seen, PartitionSpec(*spec))  # type: ignore[arg-type]
+        return NamedSharding(self.mesh if seen.empty else seen, PartitionSpec(*spec))
 
     def split(self, shape: tuple[int, ...], axes: Axes) -> tuple[NamedSharding, NamedSharding]:
         """How a parameter lies in the state, and while it is used: gathered over ``fsdp``."""
@@ -90,7 +90,8 @@ def lone_cpu() -> bool:
 
 
 def rows(x: Array) -> Array:
-    """Pins activations [B, ...] to the layout of a batch: cells over ``data`` and ``fsdp``, all else whole."""
+    """Pins activations [B, ...] to the layout of a batch: cells over ``data`` and ``fsdp``, all else whole;
+    also their gradient."""
     layout = current()
     if layout is None or x.shape[0] % layout.slices:
         return x
@@ -108,10 +109,32 @@ def _whole(x: Array, split: NamedSharding, gathered: NamedSharding) -> Array:
     return jax.lax.with_sharding_constraint(x, gathered)
 
 
+def reduced(gradient: Array, split: NamedSharding, gathered: NamedSharding) -> Array:
+    """The gradient of a parameter, summed over the rows of all devices and then cut up: asked for in one
+    step, the compiler may move the rows of the whole batch instead."""
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(gradient, gathered), split)
+
+
 _whole.defvjp(
     lambda x, split, gathered: (_whole(x, split, gathered), None),
-    lambda split, gathered, _, gradient: (jax.lax.with_sharding_constraint(gradient, split),),
+    lambda split, gathered, _, gradient: (reduced(gradient, split, gathered),),
 )
+
+
+def by_slice(function: Callable[..., Any], *arrays: Array) -> Any:
+    """``function`` of arrays [B, ...], where each device works on its own rows only: for what the compiler
+    would otherwise gather the whole batch for. A row's result must depend on that row alone."""
+    layout = current()
+    if layout is None or layout.slices == 1 or arrays[0].shape[0] % layout.slices:
+        return function(*arrays)
+    spec = PartitionSpec(BATCH_AXES)
+    mesh: Any = layout.sharding().mesh
+    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)(*arrays)
+
+
+def top_k(x: Array, k: int) -> tuple[Array, Array]:
+    """``jax.lax.top_k`` of [B, N]: the k largest of each row and their places."""
+    return by_slice(lambda own: jax.lax.top_k(own, k), x)
 
 
 def map_cells(function: Callable[[Any], Any], cells: Any) -> Any:

@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from scjax.config import nearest
+from scjax.parallel.mesh import BATCH_AXES
 
 MeshAxis = str | None
 Rules = Mapping[str, MeshAxis]
@@ -34,7 +35,8 @@ def partition(
 ) -> PartitionSpec:
     """How an array is split: per dimension, the mesh axis of its logical name.
 
-    A dimension without a name, or which its mesh axis does not divide, is replicated.
+    A dimension without a name, or which its mesh axis does not divide, is replicated. So is a vector (of each
+    layer) over the axes that split batches: to gather it would cost more than to keep it.
 
     Raises:
       ValueError: a name is not in the table, two names land on one mesh axis, or the number of names is
@@ -60,7 +62,8 @@ def partition(
                 both = f"{taken[axis]!r} and {name!r}"
                 raise ValueError(f"axis names {both} of {axes} both land on mesh axis {axis!r}")
             taken[axis] = name
-            if mesh.shape[axis] == 1 or size % mesh.shape[axis]:
+            vector = len(axes) - ("layers" in axes) == 1
+            if mesh.shape[axis] == 1 or size % mesh.shape[axis] or (vector and axis in BATCH_AXES):
                 axis = None
         spec.append(axis)
     while spec and spec[-1] is None:

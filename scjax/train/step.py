@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from scjax.nn.module import Abstract, axes_of, bind, buffers_of
 from scjax.nn.work import work_metrics
 from scjax.parallel import BATCH_AXES, Layout, batch_sharding, replicated
+from scjax.parallel.layout import whole
 from scjax.train.guard import GuardConfig, choose, judge
 from scjax.train.optimizer import moving_average
 from scjax.train.state import State, judged_params, pack, shardings_of, unpack
@@ -35,30 +36,22 @@ def _loss_of(
     model: Abstract, abstract: State, layout: Layout | None, *, train: bool
 ) -> Callable[..., tuple[Any, Any, Any, Any]]:
     """``(params, buffers, batch, key) -> (sums, weights, new buffers, metrics)``; two dicts by objective."""
-    tables = jax.tree.map(
-        lambda leaf, axes: (
-            NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[:1]))
-            if axes[:1] == ("vocab",)
-            else None
-        ),
-        abstract["params"],
-        axes_of(model)["params"],
-    )
+    mesh, names = abstract["step"].sharding.mesh, axes_of(model)["params"]
+    layout = layout or Layout(mesh)
 
-    layout = layout or Layout(abstract["step"].sharding.mesh)
-
-    def whole_rows(param: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-        """A table as it is looked up. Left to itself the compiler would look up pieces of rows and then
-        move the activations of the whole batch between devices to put the pieces together."""
-        return param if sharding is None else jax.lax.with_sharding_constraint(param, sharding)
+    def as_used(path: tuple[Any, ...], param: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        """Tables are gathered before anything is looked up in them. Left to itself the compiler would look up
+        pieces of rows, and move the activations of the whole batch between devices to put them together.
+        Kernels are left to their products, and to the layer's turn."""
+        kernel = jax.tree_util.keystr(path[-1:], simple=True) == "kernel"
+        return param if kernel or axes[:1] == ("layers",) else whole(param, axes)
 
     def loss(params: Any, buffers: Any, batch: CellBatch, key: jax.Array) -> tuple[Any, Any, Any, Any]:
-        params = jax.tree.map(whole_rows, params, tables)
-        module = bind(model, params, buffers)
-        if not train:
-            module.eval()
-        work = work_metrics(model, module, batch) if train else {}
         with layout.active():
+            module = bind(model, jax.tree_util.tree_map_with_path(as_used, params, names), buffers)
+            if not train:
+                module.eval()
+            work = work_metrics(model, module, batch) if train else {}
             sums, weights, metrics = module.loss(batch, key)
         if not isinstance(sums, Mapping):
             sums, weights = {"loss": sums}, {"loss": weights}
@@ -68,7 +61,13 @@ def _loss_of(
         as_float = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)  # noqa: E731
         return as_float(dict(sums)), as_float(dict(weights)), buffers_of(module), as_float(metrics)
 
-    return loss
+    if AxisType.Explicit not in mesh.axis_types:
+        return loss
+    # state, batch and gradients have their shardings in their types; inside of the loss the compiler derives
+    # them, for types cannot say how a look-up or a sort over split rows comes out
+    everywhere = replicated(mesh)
+    out = (everywhere, everywhere, shardings_of(abstract["buffers"]), everywhere)
+    return jax.sharding.auto_axes(loss, out_sharding=out)
 
 
 def _objective(sums: Sums, weights: Sums) -> jax.Array:
