@@ -3,10 +3,10 @@
 An experiment puts these together and owns its loop; see ``experiments/pretrain.py``.
 """
 
-from scjax.train.ahead import AheadStep, abstract_batch, compile_ahead
+from scjax.train.ahead import AheadStep, abstract_batch, compile_ahead, keep_compiled
 from scjax.train.checkpoint import CheckpointError, Checkpoints, Restored, checkpoint_steps, restore_variables
 from scjax.train.config import DataConfig, RunConfig, TrainConfig, ValidationConfig
-from scjax.train.data import make_loaders, manifests_of, open_data
+from scjax.train.data import make_loaders, manifests_of, micro_batches, open_data
 from scjax.train.guard import GuardConfig
 from scjax.train.metrics import Meter, MetricsLog, NonFiniteLoss, TooManySkipped, read_metrics
 from scjax.train.optimizer import (
@@ -68,6 +68,7 @@ __all__ = [
     "identity",
     "init_state",
     "judged_params",
+    "keep_compiled",
     "make_eval_step",
     "make_loaders",
     "make_optimizer",
@@ -75,6 +76,7 @@ __all__ = [
     "make_train_step",
     "manifests_of",
     "masked_gap",
+    "micro_batches",
     "moving_average",
     "open_data",
     "open_run",

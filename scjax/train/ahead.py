@@ -6,12 +6,14 @@ shape that nobody meant would compile silently, again and again. Here it is an e
 
 from __future__ import annotations
 
+import pathlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from scjax.loader import Loader
@@ -117,3 +119,13 @@ def compile_ahead(step: Callable[..., Any], abstract: State, loader: Loader) -> 
     lengths, labels = loader.bucket_lengths, loader.labels
     batches = [abstract_batch(mesh, loader.batch_size, length, labels) for length in lengths]
     return AheadStep(step, abstract, batches)
+
+
+def keep_compiled(directory: str | pathlib.Path) -> None:
+    """Keeps what is compiled from here on in a directory, so that a run that is started again does not wait.
+
+    Without effect for "", and where JAX_COMPILATION_CACHE_DIR already says where.
+    """
+    if str(directory) and not jax.config.values["jax_compilation_cache_dir"]:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        compilation_cache.reset_cache()  # it may have been looked for, in vain, by a barrier

@@ -7,11 +7,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from scjax.config import ConfigError
+from scjax.config import ConfigError, from_config
 from scjax.corpus import Corpus, Mixture, open_corpus
 from scjax.genes import Vocabulary
 from scjax.loader import Loader
-from scjax.parallel import process_shard
+from scjax.models import resolve
+from scjax.parallel import Layout, accumulate_for, process_shard
 from scjax.train.config import DataConfig, RunConfig
 from scjax.train.run import read_run
 
@@ -75,3 +76,15 @@ def make_loaders(
         **processes,
     )
     return loader, validation
+
+
+def micro_batches(config: RunConfig, loader: Loader, layout: Layout) -> int:
+    """``train.accumulate``; where that is 0, as many as leave a device no more than it can hold, or 1 for a
+    model whose objective compares the cells of a micro-batch with one another."""
+    if config.train.accumulate:
+        return config.train.accumulate
+    system, config_class = resolve(config.system)
+    between = getattr(system, "BETWEEN_CELLS", None)
+    if between is not None and between(from_config(config_class, config.model, where="config.model")):
+        return 1
+    return accumulate_for(loader.batch_size, loader.bucket_lengths[-1], layout.mesh, layout.tokens)

@@ -29,9 +29,9 @@ from scjax.config import ConfigError
 from scjax.corpus import Corpus, Mixture
 from scjax.loader import Loader
 from scjax.nn.module import Abstract, bind
-from scjax.parallel import batch_sharding, place, replicated
+from scjax.parallel import Layout, batch_sharding, place, replicated
 from scjax.train.config import ValidationConfig
-from scjax.train.state import State, shardings_of
+from scjax.train.state import State, judged_params, shardings_of
 from scjax.types import CellBatch
 
 BASELINES = {"masked_mse": "gene_mean_mse", "masked_ce": "frequency_ce"}  # error -> that of knowing nothing
@@ -87,9 +87,10 @@ class Probe:
         corpus: Corpus | Mixture,
         loader: Loader,
         config: ValidationConfig,
+        layout: Layout | None = None,
     ):
         """Args:
-        model, abstract: as for :func:`scjax.train.make_eval_step`.
+        model, abstract, layout: as for :func:`scjax.train.make_eval_step`.
         corpus: has the labels.
         loader: of the validation split, unshuffled, this process's share of each batch.
         config: names the label and group columns.
@@ -117,9 +118,10 @@ class Probe:
             self.about = f"probe: the corpus has no column {config.probe_label!r}; effective rank only"
 
         def embed(state: State, batch: CellBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
-            module = bind(model, state["params"], state["buffers"])
+            module = bind(model, judged_params(state), state["buffers"])
             module.eval()
-            return module.embed(batch), batch.row, batch.weight
+            with (layout or Layout(self._mesh)).active():
+                return module.embed(batch), batch.row, batch.weight
 
         shardings = shardings_of(abstract), batch_sharding(self._mesh)
         self._embed = jax.jit(embed, in_shardings=shardings, out_shardings=replicated(self._mesh))
