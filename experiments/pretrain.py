@@ -3,15 +3,18 @@
     python experiments/pretrain.py --config=configs/scgpt.py:smoke --workdir=runs/smoke
     python experiments/pretrain.py --config=configs/scgpt.py --workdir=runs/scgpt --config.model.n_layers=6
 
-The same command resumes a run that was stopped, exactly where its last checkpoint stands. On several
-machines start it once per process, under Slurm or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-JAX_PROCESS_ID set.
+The same command resumes a run that was stopped, exactly where its last checkpoint stands, on as many devices
+and processes as there are now. ``scjax launch`` starts it on several processes of this machine, on Slurm, on
+Kubernetes or on a TPU pod; by hand, start it once per process with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+and JAX_PROCESS_ID set. Told to leave (SIGTERM), it saves and exits with 75: whoever started it is to start it
+again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from contextlib import closing
 
 from absl import app, flags, logging
@@ -19,86 +22,90 @@ from ml_collections import config_flags
 
 from scjax.config import from_config
 from scjax.genes import Vocabulary
-from scjax.loader import Loader
+from scjax.launch.capture import capture
+from scjax.launch.codes import REQUEUE
 from scjax.models import build
-from scjax.parallel import distributed_start, make_mesh, place, process_shard, summary
+from scjax.parallel import Prefetch, distributed_start, layout_for, summary
 from scjax.train import (
-    BASELINES,
     Checkpoints,
     Meter,
     MetricsLog,
     Probe,
     RunConfig,
     RunProgress,
+    Status,
+    TooManySkipped,
     abstract_state,
+    base_of,
     checkpoint_steps,
+    compile_ahead,
     count_parameters,
     describe,
     gene_tables,
+    grown,
     identity,
     init_state,
+    keep_compiled,
     make_eval_step,
+    make_loaders,
     make_optimizer,
     make_train_step,
     manifests_of,
     masked_gap,
+    micro_batches,
     open_data,
     open_run,
     read_metrics,
+    results,
 )
+from scjax.train.preemption import Preemption
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, FILE.py or FILE.py:ARG.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory: new, or that of a run to resume.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def pretrain(config: RunConfig, workdir: str) -> None:
-    # ------------------------------------------------------------------------------- devices
+def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
+    """Whether the run is at its end; False where it was told to leave before."""
     process, _ = distributed_start()
-    mesh = make_mesh(config.mesh)
-    process_index, process_count = process_shard(mesh)  # which rows of each batch are read here
 
-    # ---------------------------------------------------------------------------------- data
+    # -------------------------------------------------------------------------- cells and model
     corpus = open_data(config.data, workdir)  # a run that resumes reads what it began with
     vocabulary = Vocabulary.from_tsv(config.data.genes) if config.data.genes else corpus.vocabulary
-    processes = {"process_index": process_index, "process_count": process_count}
-    loader = Loader(corpus, vocabulary=vocabulary, seed=config.seed, **config.data.loader(), **processes)
-    validation = None
-    if any(part.n_cells for part in corpus.split("validation")):
-        validation = Loader(
-            corpus,
-            config.validation.batch_size or config.data.batch_size,
-            vocabulary=vocabulary,
-            seed=config.seed,
-            split="validation",
-            max_genes=config.data.max_genes,
-            labels=config.data.labels,
-            shuffle=False,
-            epochs=1,
-            **processes,
-        )
-
-    # --------------------------------------------------------------------------------- model
     model = build(config.system, config.model, len(vocabulary), config.seed)
+    base = None
+    if config.optimizer.width_base is not None:  # a learning rate found on a smaller model
+        base = base_of(config.system, config.model, config.optimizer.width_base, len(vocabulary), config.seed)
+        model = grown(model, base)
+
+    # ------------------------------------------------------------------------- devices and data
+    layout = layout_for(config.mesh, count_parameters(model))  # the hardware says what the config leaves open
+    mesh = layout.mesh
+    loader, validation = make_loaders(config, corpus, vocabulary, mesh)
+    accumulate = micro_batches(config, loader, layout)
+
+    # ------------------------------------------------------------------------- the run directory
     tables = gene_tables(config.system, config.model, config.tables, model, vocabulary, corpus)
     origin = {"corpus": corpus.manifest_id, "manifests": manifests_of(corpus), "tables": tables.sources}
     about = describe(config.system, config.model, vocabulary, seed=config.seed, **origin)
     run = open_run(workdir, about, vocabulary)
+    keep_compiled(run.path / "compiled" if config.train.compile_cache is None else config.train.compile_cache)
 
-    # --------------------------------------------------------------------- optimiser and state
-    tx, schedule = make_optimizer(config.optimizer, config.train.steps, model)
-    abstract = abstract_state(model, tx, mesh)
-    train_step = make_train_step(model, tx, abstract, seed=config.seed, accumulate=config.train.accumulate)
-    eval_step = make_eval_step(model, abstract, seed=config.seed)
+    # -------------------------------------------------------------------------- optimiser and steps
+    tx, schedule = make_optimizer(config.optimizer, config.train.steps, model, base)
+    abstract = abstract_state(model, tx, mesh, layout.rules, ema=config.optimizer.ema is not None)
+    options = {"guard": config.train.guard, "ema": config.optimizer.ema, "accumulate": accumulate}
+    train_step = make_train_step(model, tx, abstract, seed=config.seed, layout=layout, **options)
+    eval_step = make_eval_step(model, abstract, seed=config.seed, layout=layout)
     probe = None
     if config.train.probe_every is not None:
         if validation is None:
             raise ValueError(f"train.probe_every needs validation cells; {corpus.path} was built without")
-        probe = Probe(model, abstract, corpus, validation, config.validation)
+        probe = Probe(model, abstract, corpus, validation, config.validation, layout)
 
     # ------------------------------------------------------------------------------- restore
     data = iter(loader)
-    checkpoints = Checkpoints(run.checkpoints, identity(about), keep=config.train.keep)
+    checkpoints = Checkpoints(run.checkpoints, identity(about), config.train.keep)
     restored = checkpoints.restore(abstract)
     if restored is None:
         step, state = 0, init_state(model, tx, abstract, tables.buffers)
@@ -106,10 +113,14 @@ def pretrain(config: RunConfig, workdir: str) -> None:
         step, state = restored.step, restored.state
         data.set_state(restored.cursor)
     run.record(dataclasses.asdict(config))
+    capture(run.path)
 
     steps = config.train.steps
-    log, progress = MetricsLog(run.path, step), RunProgress(steps, step)
-    progress.say(summary(mesh))
+    status, progress = Status(run.path, step, steps), RunProgress(steps, step)
+    log = MetricsLog(run.path, step)
+    progress.say(
+        f"{summary(mesh)}; attention {layout.attention}, remat {layout.remat}, {accumulate} micro-batches"
+    )
     progress.say(
         f"corpus {corpus.manifest_id}: {len(corpus):,} cells, {len(vocabulary):,} genes; an epoch is "
         f"{loader.steps_per_epoch:,} batches of {loader.batch_size} cells, padded to {loader.bucket_lengths} "
@@ -118,74 +129,81 @@ def pretrain(config: RunConfig, workdir: str) -> None:
     for note in tables.notes:
         progress.say(f"table {note}")
     progress.say(
-        f"{config.system}: {count_parameters(state):,} parameters; steps {step:,} to {steps:,} in {run.path}"
+        f"{config.system}: {count_parameters(model):,} parameters; steps {step:,} to {steps:,} in {run.path}"
     )
+    if step < steps:  # every length of batch, before the first
+        train_step = compile_ahead(train_step, abstract, loader)
+        eval_step = compile_ahead(eval_step, abstract, validation) if validation else eval_step
+        progress.say(f"training step: {train_step}")
 
     # ---------------------------------------------------------------------------------- loop
-    meter = Meter()
-    with closing(checkpoints), closing(log), closing(data), progress:
+    meter = Meter(mesh, began=status.began, productive=log.productive)
+    batches = Prefetch(data, mesh)
+    leaving = False
+    with status, closing(checkpoints), closing(log), closing(batches), progress:
         if probe is not None and step == 0:
             progress.say(probe.about)
             log.write(step, probe(state))  # where the curves start: what the architecture alone can do
-        while step < steps:
-            state, metrics = train_step(state, place(next(data), mesh))
-            step += 1
-            meter.add(step, metrics)  # reads the step before, while the device is at this one
-            progress.advance(step)
-            saving = config.train.due(config.train.checkpoint_every, step)
-            validating = validation is not None and config.train.due(config.train.eval_every, step)
-            probing = probe is not None and config.train.due(config.train.probe_every, step)
+        try:
+            while step < steps and not leaving:
+                with meter.time("input_wait"):
+                    batch = next(batches)
+                state, metrics = train_step(state, batch)
+                step += 1
+                meter.add(step, metrics)  # reads the step before, while the device is at this one
+                progress.advance(step)
+                status.at(step)
+                leaving = preemption.reached(step)
+                saving = leaving or config.train.due(config.train.checkpoint_every, step)
+                validating = validation is not None and config.train.due(config.train.eval_every, step)
+                probing = probe is not None and config.train.due(config.train.probe_every, step)
 
-            if saving or validating or probing or config.train.due(config.train.log_every, step):
-                means = meter.mean("train")  # raises on a non-finite loss, before anything is saved
-                means["train/learning_rate"] = float(schedule(step - 1))
-                if meter.cells_per_second:
-                    means["throughput/cells_per_second"] = meter.cells_per_second
-                log.write(step, means)
-                progress.report(step, means["train/loss"], meter.cells_per_second)
-                checkpoints.check()
+                if saving or validating or probing or config.train.due(config.train.log_every, step):
+                    means = meter.mean("train")  # raises on a non-finite loss, before anything is saved
+                    means["train/learning_rate"] = float(schedule(step - 1))
+                    log.write(step, means)
+                    progress.show(step, means)
+                    checkpoints.check()
 
-            if validating:
-                held_out = Meter()
-                with closing(iter(validation)) as batches:
-                    for batch in itertools.islice(batches, config.validation.max_batches):
-                        held_out.add(step, eval_step(state, place(batch, mesh)))
-                means = held_out.mean("validation")
-                log.write(step, means | masked_gap(means))
+                if validating:
+                    held_out = Meter()
+                    with meter.time("evaluate"), closing(Prefetch(iter(validation), mesh)) as cells:
+                        for batch in itertools.islice(cells, config.validation.max_batches):
+                            held_out.add(step, eval_step(state, batch))
+                        means = held_out.mean("validation")
+                    log.write(step, means | masked_gap(means))
 
-            if probing:
-                log.write(step, probe(state))
+                if probing:
+                    with meter.time("evaluate"):
+                        log.write(step, probe(state))
 
-            if saving:
-                checkpoints.save(step, state, data.get_state())
-            if validating or probing or saving:
-                meter.restart_clock()
+                if saving:
+                    with meter.time("checkpoint"):
+                        checkpoints.save(step, state, batches.get_state())
+        except TooManySkipped:  # what is on the devices is good: skipped steps have not touched it
+            checkpoints.save(step, state, batches.get_state())
+            raise
 
     # -------------------------------------------------------------------------------- finish
-    if process != 0:
-        return
-    last: dict[str, float] = {}
-    for line in read_metrics(run.metrics):
-        last.update({name: value for name, value in line.items() if value is not None})
-    progress.say("  ".join(f"{name} {value:.4g}" for name, value in last.items() if name != "step"))
-    split = "validation" if validation is not None else "train"
-    for metric, baseline in BASELINES.items():
-        error, least = last.get(f"{split}/{metric}"), last.get(f"{split}/{baseline}")
-        if error is not None and least:
-            progress.say(
-                f"{split}: masked error {error:.4f} ({metric}), that of knowing nothing {least:.4f} "
-                f"({baseline}); gap {least - error:+.4f} ({(least - error) / least:+.0%})"
-            )
-    progress.say(f"model and metrics are in {run.path}; checkpoints {checkpoint_steps(run.checkpoints)}")
-    progress.say(f'next: scjax.load("{run.path}"), or scjax embed IN.h5ad --model {run.path} --out OUT.h5ad')
+    if process == 0 and not leaving:
+        for line in results(read_metrics(run.metrics), "validation" if validation else "train"):
+            progress.say(line)
+        progress.say(f"model and metrics are in {run.path}; checkpoints {checkpoint_steps(run.checkpoints)}")
+        progress.say(
+            f'next: scjax.load("{run.path}"), or scjax embed IN.h5ad --model {run.path} --out OUT.h5ad'
+        )
+    return not leaving
 
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # JAX would tell of every kind of device that is not here
     try:
-        pretrain(from_config(RunConfig, _CONFIG.value, where="config"), _WORKDIR.value)
+        with Preemption() as preemption:
+            config = from_config(RunConfig, _CONFIG.value, where="config")
+            done = pretrain(config, _WORKDIR.value, preemption)
     except (ValueError, KeyError, OSError, FloatingPointError) as error:  # what the user can mend
         raise SystemExit(f"{type(error).__name__}: {error}") from None
+    sys.exit(0 if done else REQUEUE)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def results(lines: list[dict[str, Any]], split: str = "validation") -> list[str]
     last: dict[str, float] = {}
     for line in lines:
         last.update({name: value for name, value in line.items() if value is not None})
-    told = ["  ".join(f"{name} {value:.4g}" for name, value in last.items() if name != "step")]
+    clock = ("step", "time/", "throughput/")
+    told = ["  ".join(f"{name} {value:.4g}" for name, value in last.items() if not name.startswith(clock))]
     for metric, baseline in BASELINES.items():
         error, least = last.get(f"{split}/{metric}"), last.get(f"{split}/{baseline}")
         if error is not None and least:

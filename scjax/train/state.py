@@ -142,5 +142,5 @@ def judged_params(state: State) -> Any:
     return state.get("ema", state["params"])
 
 
-def count_parameters(state: State) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
+def count_parameters(model: Abstract) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes_of(model)["params"]))
