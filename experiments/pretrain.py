@@ -116,8 +116,7 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
     capture(run.path)
 
     steps = config.train.steps
-    status, progress = Status(run.path, step, steps), RunProgress(steps, step)
-    log = MetricsLog(run.path, step)
+    progress = RunProgress(steps, step)
     progress.say(
         f"{summary(mesh)}; attention {layout.attention}, remat {layout.remat}, {accumulate} micro-batches"
     )
@@ -137,6 +136,7 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
         progress.say(f"training step: {train_step}")
 
     # ---------------------------------------------------------------------------------- loop
+    status, log = Status(run.path, step, steps), MetricsLog(run.path, step)
     meter = Meter(mesh, began=status.began, productive=log.productive)
     batches = Prefetch(data, mesh)
     leaving = False
