@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scjax import __version__
-from scjax.cli import corpus, evaluation, launch, runs, suites
+from scjax.cli import configs, corpus, evaluation, launch, runs, suites
 from scjax.cli.shared import add_reading, err, escape, out, read, refuse_existing, write_whole
 
 
@@ -80,23 +80,6 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------- configs
-def config_show(args: argparse.Namespace) -> int:
-    import json
-
-    from scjax.cli.configs import load_config, resolve
-
-    out.print_json(json.dumps(resolve(load_config(args.config))))
-    return 0
-
-
-def config_params(args: argparse.Namespace) -> int:
-    from scjax.cli.configs import load_config, parameter_table
-
-    out.print(parameter_table(load_config(args.config), n_genes=args.genes))
-    return 0
-
-
 # ---------------------------------------------------------------------- parser
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -143,17 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "--format", default="plain", help="plain (default), or the original layout: scgpt, geneformer"
     )
 
-    room = commands.add_parser("config", help="look at a config file without data or devices")
-    config = room.add_subparsers(metavar="COMMAND", required=True)
-    show = config.add_parser("show", help="the config, checked, with all defaults filled in")
-    show.set_defaults(run=config_show)
-    show.add_argument("config", metavar="FILE.py[:ARG]")
-    params = config.add_parser("params", help="every parameter: shape, axes, bytes")
-    params.set_defaults(run=config_params)
-    params.add_argument("config", metavar="FILE.py[:ARG]")
-    params.add_argument(
-        "--genes", type=int, metavar="N", help="size of the vocabulary (default: the config's corpus)"
-    )
+    configs.add_commands(commands)
     return parser
 
 
