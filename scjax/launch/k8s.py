@@ -127,7 +127,7 @@ def _jobset(
         "command": [*experiment.command(python), *point.flags],
         **({"workingDir": options.directory} if options.directory else {}),
         "env": variables,
-        "ports": [{"containerPort": PORT}],
+        "ports": [{"containerPort": PORT, "protocol": "TCP"}],
         "resources": {"limits": limits, "requests": dict(limits)} if limits else {},
         # the collectives of GPUs want more shared memory than a container is given
         "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}, *mounts],
