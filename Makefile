@@ -1,13 +1,15 @@
 # Two commands do everything on a fresh machine with Python >= 3.11 and make:
 #   make quickstart   environment, real cells, a pretrained and probed checkpoint, a report
 #   make test         the test suite (make test-slow: every file of the development data, where it is;
-#                     make test-parity: against the PyTorch originals, which it installs)
+#                     make test-parity: against the PyTorch originals, which it installs;
+#                     make test-pods: every system on every layout of eight virtual devices;
+#                     make test-faults: killed a hundred times, and on a Slurm of two nodes)
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    ?= runs/quickstart
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart env test test-slow test-parity lint clean
+.PHONY: quickstart env test test-slow test-parity test-pods test-faults lint clean
 
 quickstart: env
 	PYTHON=$(BIN)/python RUN=$(RUN) bash tools/quickstart.sh
@@ -31,10 +33,16 @@ $(VENV)/.parity: $(VENV)/.dev
 	@touch $@
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not parity and not full"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not (slow or gpu or parity or full or pods or faults or slurm)"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m "slow and not gpu"
+
+test-pods: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 -m "pods and not full"
+
+test-faults: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "(faults or slurm) and not full"
 
 test-parity: $(VENV)/.parity
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "parity and not full"
