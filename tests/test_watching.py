@@ -217,11 +217,11 @@ def test_progress_shows_step_loss_pace_and_time_left(terminal, tmp_path):
     expected = [
         "step 12/20",
         "loss 0.2500",
-        "1,234 cells/s  2,345,678 tokens/s  MFU 45.7%  3 skipped",
+        "1,234 cells/s  2,345,678 tokens/s  MFU 45.7%  4 skipped",
         "saved [10]",
     ]
     if not terminal:
-        expected += ["tokens/s  56 GFLOP/s  ", " left", "loss nan  3 skipped"]
+        expected += ["tokens/s  56.0 GFLOP/s  ", " left", "loss nan  3 skipped"]
     for text in expected:
         assert text in shown
 

@@ -24,11 +24,13 @@ SUITES = ("perturbation", "genes", "network", "spatial", "modalities", "compare"
 
 
 def join(argv: Sequence[str]) -> list[str]:
-    """``eval perturbation …`` as one word for the parser: ``eval`` itself takes a file there."""
+    """``eval perturbation …`` and ``runs report …`` as one word for the parser: ``eval`` itself takes a file
+    there, and ``runs`` a directory."""
     words = list(argv)
     at = next((i for i, w in enumerate(words) if not w.startswith("-")), len(words))
-    if words[at : at + 1] == ["eval"] and words[at + 1 : at + 2] and words[at + 1] in SUITES:
-        words[at : at + 2] = [f"eval {words[at + 1]}"]
+    joined = " ".join(words[at : at + 2])
+    if joined in {"runs report", *(f"eval {suite}" for suite in SUITES)}:
+        words[at : at + 2] = [joined]
     return words
 
 

@@ -58,7 +58,7 @@ class RunProgress:
         if "throughput/mfu" in means:
             told.append(f"MFU {means['throughput/mfu']:.1%}")
         elif "throughput/flops_per_second" in means:
-            told.append(f"{means['throughput/flops_per_second'] / 1e9:,.0f} GFLOP/s")
+            told.append(f"{means['throughput/flops_per_second'] / 1e9:,.1f} GFLOP/s")
         if means.get("train/skipped_total"):
             told.append(f"{means['train/skipped_total']:.0f} skipped")
         rate, loss = "  ".join(told), f"loss {means.get('train/loss', math.nan):.4f}"
