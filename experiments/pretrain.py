@@ -105,7 +105,8 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
 
     # ------------------------------------------------------------------------------- restore
     data = iter(loader)
-    checkpoints = Checkpoints(run.checkpoints, identity(about), config.train.keep)
+    kept = {"keep": config.train.keep, "keep_every": config.train.keep_every}
+    checkpoints = Checkpoints(run.checkpoints, identity(about), **kept)
     restored = checkpoints.restore(abstract)
     if restored is None:
         step, state = 0, init_state(model, tx, abstract, tables.buffers)
@@ -137,7 +138,8 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
 
     # ---------------------------------------------------------------------------------- loop
     status, log = Status(run.path, step, steps), MetricsLog(run.path, step)
-    meter = Meter(mesh, began=status.began, productive=log.productive)
+    totals = None if restored is None else restored.totals
+    meter = Meter(mesh, began=status.began, productive=log.productive, totals=totals)
     batches = Prefetch(data, mesh)
     leaving = False
     with status, closing(checkpoints), closing(log), closing(batches), progress:
@@ -154,7 +156,7 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
                 progress.advance(step)
                 status.at(step)
                 leaving = preemption.reached(step)
-                saving = leaving or config.train.due(config.train.checkpoint_every, step)
+                saving = config.train.due(config.train.checkpoint_every, step)
                 validating = validation is not None and config.train.due(config.train.eval_every, step)
                 probing = probe is not None and config.train.due(config.train.probe_every, step)
 
@@ -164,6 +166,10 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
                     log.write(step, means)
                     progress.show(step, means)
                     checkpoints.check()
+
+                if leaving:  # before all else: there may be little time
+                    checkpoints.save(step, state, batches.get_state(), meter.totals())
+                    progress.say(f"told to leave: saving step {step:,}")
 
                 if validating:
                     held_out = Meter()

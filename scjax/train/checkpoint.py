@@ -15,14 +15,14 @@ import logging
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from scjax.parallel import barrier, everywhere
 from scjax.train.state import State
@@ -36,11 +36,13 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A state, the data cursor that goes with it, and the number of steps done."""
+    """A state, the data cursor that goes with it, the number of steps done, and the sums of the metrics of
+    steps that are in no line of metrics yet (``Meter.totals``)."""
 
     state: State
     cursor: dict[str, Any]
     step: int
+    totals: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -121,15 +123,25 @@ class Checkpoints:
       directory: absolute or relative path; made when the first checkpoint is saved.
       identity: what must not change between saving and resuming (seed, corpus, model ...); JSON-able.
       keep: how many of the newest are kept.
+      keep_every: those of every so many steps are kept for good; None: none.
     """
 
-    def __init__(self, directory: str | pathlib.Path, identity: Mapping[str, Any], keep: int = 3):
+    def __init__(
+        self,
+        directory: str | pathlib.Path,
+        identity: Mapping[str, Any],
+        keep: int = 3,
+        keep_every: int | None = None,
+    ):
         self.directory = pathlib.Path(directory).absolute()
         self.identity = dict(identity)
         self._saving: int | None = None
         _quiet_orbax()
+        kept: list[Any] = [LatestN(keep)]
+        if keep_every is not None:
+            kept.append(EveryNSteps(keep_every))
         self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=LatestN(keep), cleanup_tmp_directories=True
+            preservation_policy=AnyPreservationPolicy(kept), cleanup_tmp_directories=True
         )
         self._open()
 
@@ -145,9 +157,21 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     # ------------------------------------------------------------------ save
-    def save(self, step: int, state: State, cursor: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: State,
+        cursor: Mapping[str, Any],
+        totals: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
         """Starts to save; returns once the state is copied from the devices. The state may be donated
         right after. A step that is already there is left as it is.
+
+        Args:
+          step: number of steps done.
+          state: all of it.
+          cursor: of the data, after the last batch that the state has seen.
+          totals: ``Meter.totals``, where the step does not end a line of metrics.
 
         Raises:
           OSError: the disk is full, now or while the previous checkpoint was being written.
@@ -155,7 +179,12 @@ class Checkpoints:
         self.wait()
         if step in self.steps():
             return
-        meta = {"identity": self.identity, "leaves": _describe(state), "fingerprint": _fingerprint(state)}
+        meta = {
+            "identity": self.identity,
+            "leaves": _describe(state),
+            "fingerprint": _fingerprint(state),
+            "totals": {name: list(sums) for name, sums in (totals or {}).items()},
+        }
         items = {
             "state": ocp.args.StandardSave(state),
             "data": ocp.args.JsonSave(dict(cursor)),
@@ -240,7 +269,7 @@ class Checkpoints:
         items = {"state": ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore()}
         read = self._manager.restore(step, args=ocp.args.Composite(**items))
         _verify(read["state"], meta)
-        return Restored(read["state"], read["data"], step)
+        return Restored(read["state"], read["data"], step, meta.get("totals", {}))
 
     def _set_aside(self, problems: Mapping[int, str], good: int) -> None:
         if not problems:

@@ -11,14 +11,16 @@ import json
 import math
 import os
 import pathlib
+import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from scjax.config import ConfigError
 from scjax.parallel.hardware import device_of
 from scjax.train.step import WORK, Metrics
 
@@ -43,15 +45,23 @@ class Meter:
     bad step has touched. Steps that :mod:`scjax.train.guard` skipped are counted.
     """
 
-    def __init__(self, mesh: Mesh | None = None, *, began: float | None = None, productive: float = 0.0):
+    def __init__(
+        self,
+        mesh: Mesh | None = None,
+        *,
+        began: float | None = None,
+        productive: float = 0.0,
+        totals: Mapping[str, Sequence[float]] | None = None,
+    ):
         """Args:
         mesh: the devices of a run, whose pace is then told; None for means only.
         began: when the run began, for its goodput (``Status.began``).
         productive: seconds that it has spent on steps since, as far as they are kept
           (``MetricsLog.productive``).
+        totals: :meth:`totals` of the run that this one goes on with.
         """
         self._pending: tuple[int, Metrics] | None = None
-        self._totals: dict[str, list[float]] = {}
+        self._totals: dict[str, list[float]] = {name: list(sums) for name, sums in (totals or {}).items()}
         self._skipped: collections.deque[str] = collections.deque(maxlen=TOLD)
         self._mesh, self._productive = mesh, productive
         self._began = time.time() if began is None else began
@@ -119,6 +129,16 @@ class Meter:
             sums[0] += total
             sums[1] += weight
 
+    def totals(self) -> dict[str, list[float]]:
+        """Sum and weight of each metric over the steps since the last :meth:`mean`: what a run that leaves in
+        the middle of an interval goes on with.
+
+        Raises:
+          NonFiniteLoss, TooManySkipped: of the last step, as in :meth:`add`.
+        """
+        self._read()
+        return self._totals
+
     def mean(self, prefix: str) -> dict[str, float]:
         """``{"<prefix>/<name>": mean}``, and starts a new interval. A metric without weight is left out.
 
@@ -165,11 +185,6 @@ class Meter:
         pace["throughput/goodput"] = self._productive / max(time.time() - self._began, self._productive)
         return pace
 
-    cells_per_second: float | None = None  # until the loop takes the pace from the means
-
-    def restart_clock(self) -> None:
-        pass
-
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
     """The lines of a ``metrics.jsonl``; a last line cut short by a crash is left out."""
@@ -183,22 +198,27 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """``metrics.jsonl`` and TensorBoard files of a run. Only process 0 writes.
+    """``metrics.jsonl``, TensorBoard files and, on request, Weights & Biases. Only process 0 writes.
 
     Args:
       directory: the run directory.
       step: the step that the run starts from; lines beyond it, written by a run that went on after its
         last checkpoint and was then killed, are dropped, so that the file becomes that of a run which
         was never interrupted.
+      wandb: project of Weights & Biases, where a run that resumes goes on as the same run; its steps are in
+        the metric "step". ``WANDB_MODE=offline`` keeps all in ``wandb/`` of the run, for ``wandb sync``.
+
+    Raises:
+      ConfigError: ``wandb`` without the package.
 
     Attributes:
       productive: seconds that the steps of the lines kept took.
     """
 
-    def __init__(self, directory: str | pathlib.Path, step: int = 0):
+    def __init__(self, directory: str | pathlib.Path, step: int = 0, wandb: str | None = None):
         self.path = pathlib.Path(directory) / "metrics.jsonl"
         self.productive = 0.0
-        self._file = self._tensorboard = None
+        self._file = self._tensorboard = self._wandb = None
         if jax.process_index() != 0:
             return
         if self.path.exists():
@@ -216,6 +236,8 @@ class MetricsLog:
             self._tensorboard = SummaryWriter(
                 str(pathlib.Path(directory) / "tensorboard"), purge_step=step + 1
             )
+        if wandb is not None:
+            self._wandb = _weights_and_biases(wandb, pathlib.Path(directory))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line ``{"step": step, name: value, ...}``; a non-finite value becomes null."""
@@ -227,13 +249,43 @@ class MetricsLog:
             self._file.flush()
         except OSError as error:
             raise OSError(error.errno, f"cannot write metrics: {error.strerror}", str(self.path)) from error
+        known = {name: value for name, value in finite.items() if value is not None}
         if self._tensorboard is not None:
-            for name, value in finite.items():
-                if value is not None:
-                    self._tensorboard.add_scalar(name, value, step)
+            for name, value in known.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **known})
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _weights_and_biases(project: str, directory: pathlib.Path) -> Any:
+    """A run of Weights & Biases; the same one whenever it is called for a directory."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(
+            f"train.wandb is {project!r}, but wandb cannot be imported ({error}): pip install 'scjax[wandb]'"
+        ) from None
+    name = directory / "wandb" / "id"  # what they know it by
+    name.parent.mkdir(exist_ok=True)
+    if not name.exists():
+        name.write_text(secrets.token_hex(4))
+    config = directory / "config.json"
+    run = wandb.init(
+        project=project,
+        id=name.read_text(),
+        resume="allow",
+        name=directory.name,
+        dir=directory,
+        config=json.loads(config.read_text()) if config.exists() else None,
+        settings=wandb.Settings(console="off"),  # leaves the bar alone
+    )
+    run.define_metric("*", step_metric="step")
+    return run
