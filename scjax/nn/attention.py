@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
-Backend = Literal["auto", "einsum", "cellwise"]
+from scjax.nn.flash import chunked, cudnn, cudnn_can, splash
+from scjax.parallel import BATCH_AXES, current, device_of
+
+Backend = Literal["auto", "einsum", "cellwise", "chunked", "cudnn", "splash"]
+CACHED = 2**22  # scores of a cell that "cellwise" computes at once, in all heads: benchmarks/attention_cpu.md
 
 
 def attention(
@@ -28,26 +35,83 @@ def attention(
         beyond ``unknown``.
       unknown: number of leading positions that no other position may see: known positions attend to
         the known, each unknown one to the known and to itself (scGPT's generative attention).
-      backend: "einsum" computes all cells at once, head-major, and works on any mesh; "cellwise"
-        maps over the cells and recomputes each cell's scores in the backward pass, so that the
-        S x S scores stay in a core's cache and never exist for a whole batch; "auto" takes
-        "cellwise" on a lone CPU device, where it is about twice as fast, else "einsum".
+      backend: how it is computed; the results are equal but for rounding.
+
+        - "einsum": all cells at once, head-major; the scores of the batch exist, twice.
+        - "cellwise": maps over the cells, over the heads too where rows are long, and recomputes the scores
+          in the backward pass, so that they stay in a core's cache: for CPUs.
+        - "chunked": some keys at a time, recomputed in the backward pass: any device, any length.
+        - "cudnn": NVIDIA's fused kernels, 16 bits only.
+        - "splash": Pallas kernels for TPUs; interpreted, and slow, where there is no TPU.
+        - "auto": what the active :class:`scjax.parallel.Layout` says, else the table of hardware for this
+          process's device. "chunked" where that backend cannot do it: cuDNN in float32, a batch that the
+          mesh does not divide, arrays that may lie on several devices without a layout that says how.
+
+    On a mesh all but "einsum" run on each device with the cells and heads that lie there.
 
     Returns:
       [B, S, H, D] in the dtype of ``v_BSHD``.
+
+    Raises:
+      ValueError: no such backend, or the batch cannot be split as the backend must have it.
     """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is one of {', '.join(get_args(Backend))}, not {backend!r}")
+    layout, n_cells = current(), len(q_BSHD)
+    spread = layout is not None and layout.mesh.size > 1
+    slices = layout.slices if layout is not None else 1
     if backend == "auto":
-        # mapping over cells that are spread over devices would gather them on each
-        backend = "cellwise" if jax.default_backend() == "cpu" and jax.device_count() == 1 else "einsum"
-    if backend == "einsum":
-        return _heads(unknown, q_BSHD, k_BSHD, v_BSHD, key_mask_BS)
-    if backend == "cellwise":
-        one = jax.checkpoint(lambda cell: _heads(unknown, *(x[None] for x in cell))[0])
-        return jax.lax.map(one, (q_BSHD, k_BSHD, v_BSHD, key_mask_BS))
-    raise ValueError(f'backend is "auto", "einsum" or "cellwise", not {backend!r}')
+        backend = layout.attention if layout is not None else device_of().attention  # type: ignore[assignment]
+        unplaced = layout is None and jax.device_count() > 1 and backend in ("cellwise", "splash")
+        if unplaced or n_cells % slices or (backend == "cudnn" and not cudnn_can(q_BSHD)):
+            backend = "chunked"
+    compute = partial(_BACKENDS[backend], unknown=unknown)
+    if backend == "einsum" or not spread or (backend == "chunked" and n_cells % slices):
+        return compute(q_BSHD, k_BSHD, v_BSHD, key_mask_BS)
+    if n_cells % slices:
+        raise ValueError(
+            f"attention {backend!r} of {n_cells} cells, which the mesh cuts into {slices} slices"
+        )
+    return _on_each_device(compute)(q_BSHD, k_BSHD, v_BSHD, key_mask_BS)
 
 
-def _heads(unknown: int, q_BSHD: Array, k_BSHD: Array, v_BSHD: Array, key_mask_BS: Array) -> Array:
+def _on_each_device(compute: Callable[..., Array]) -> Callable[..., Array]:
+    """``compute`` of the cells, and where they divide them of the heads, that lie on each device."""
+    layout = current()
+    assert layout is not None
+
+    def on_mesh(q: Array, k: Array, v: Array, key_mask: Array) -> Array:
+        heads = "tensor" if q.shape[2] % layout.mesh.shape["tensor"] == 0 else None
+        rows, full = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, heads)
+        seen = jax.sharding.get_abstract_mesh()
+        return jax.shard_map(
+            compute,
+            mesh=layout.mesh if seen.empty else seen,
+            in_specs=(full, full, full, rows),
+            out_specs=full,
+            check_vma=False,
+        )(q, k, v, key_mask)
+
+    return on_mesh
+
+
+def _cellwise(q_BSHD: Array, k_BSHD: Array, v_BSHD: Array, key_mask_BS: Array, unknown: int = 0) -> Array:
+    @jax.checkpoint
+    def heads(q: Array, k: Array, v: Array, key_mask: Array) -> Array:
+        return einsum(q[None], k[None], v[None], key_mask[None], unknown=unknown)[0]
+
+    def cell(arrays: tuple[Array, ...]) -> Array:
+        *qkv, key_mask = arrays
+        length, n_heads, _ = qkv[0].shape
+        if n_heads * length * length <= CACHED:
+            return heads(*qkv, key_mask)
+        each = tuple(jnp.moveaxis(x, 1, 0)[:, :, None] for x in qkv)
+        return jnp.moveaxis(jax.lax.map(lambda head: heads(*head, key_mask), each)[:, :, 0], 0, 1)
+
+    return jax.lax.map(cell, (q_BSHD, k_BSHD, v_BSHD, key_mask_BS))
+
+
+def einsum(q_BSHD: Array, k_BSHD: Array, v_BSHD: Array, key_mask_BS: Array, unknown: int = 0) -> Array:
     q_BHSD, k_BHSD, v_BHSD = (jnp.moveaxis(x, 2, 1) for x in (q_BSHD, k_BSHD, v_BSHD))
     q_BHSD = q_BHSD * q_BSHD.shape[-1] ** -0.5
     k_BHTD, v_BHTD = k_BHSD[:, :, unknown:], v_BHSD[:, :, unknown:]
@@ -76,3 +140,16 @@ def _heads(unknown: int, q_BSHD: Array, k_BSHD: Array, v_BSHD: Array, key_mask_B
         weight_BHS1 = jnp.exp(own_BHS1 - top_BHS1)
         out_BHSD, total_BHS1 = out_BHSD + weight_BHS1 * v_BHSD, total_BHS1 + weight_BHS1
     return jnp.moveaxis(out_BHSD / total_BHS1, 1, 2).astype(v_BSHD.dtype)
+
+
+def _splash(*arrays: Array, unknown: int) -> Array:
+    return splash(*arrays, unknown=unknown, interpret=jax.default_backend() != "tpu")
+
+
+_BACKENDS: dict[str, Callable[..., Array]] = {
+    "einsum": einsum,
+    "cellwise": _cellwise,
+    "chunked": chunked,
+    "cudnn": cudnn,
+    "splash": _splash,
+}
