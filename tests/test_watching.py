@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import datetime
+import gzip
 import json
 import os
 import socket
+import subprocess
+import sys
 import types
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+from scjax.config import ConfigError
 from scjax.parallel import MeshConfig, make_mesh
 from scjax.parallel.hardware import device_of
 from scjax.train import (
     Meter,
     MetricsLog,
     NonFiniteLoss,
+    Profile,
     RunProgress,
     Status,
     TooManySkipped,
@@ -189,13 +195,75 @@ def test_metrics_continue_where_the_run_does(tmp_path):
 
 
 def test_metrics_without_tensorboard(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
     log = MetricsLog(tmp_path)
     log.write(1, {"train/loss": 1.0})
     log.close()
     assert capsys.readouterr().out.count("\n") == 1
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 1.0}]
     assert not (tmp_path / "tensorboard").exists()
+
+
+def test_weights_and_biases_is_asked_for_in_vain(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(
+        ConfigError, match=r"train.wandb is 'cells', but wandb cannot be imported .*scjax\[wandb\]"
+    ):
+        MetricsLog(tmp_path, wandb="cells")
+
+
+def test_weights_and_biases_offline(tmp_path):
+    """In a process of its own, since it starts others and changes what this one does at its end."""
+    pytest.importorskip("wandb", reason="the extra 'wandb' is not installed")
+    (tmp_path / "config.json").write_text('{"optimizer": {"learning_rate": 0.125}}')
+    code = (
+        "import sys; from scjax.train import MetricsLog\n"
+        "log = MetricsLog(sys.argv[1], int(sys.argv[2]), wandb='cells')\n"
+        "log.write(int(sys.argv[2]) + 10, {'train/loss': 0.625, 'train/odd': float('nan')}); log.close()"
+    )
+    for step in ("0", "10"):  # and resumed
+        environment = os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": "elsewhere"}
+        command = [sys.executable, "-W", "error", "-c", code, str(tmp_path), step]
+        subprocess.run(command, check=True, timeout=300, env=environment, cwd=tmp_path)
+    name = (tmp_path / "wandb" / "id").read_text()
+    kept = sorted(tmp_path.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))
+    assert len(kept) == 2  # one run, twice
+    for file in kept:
+        content = file.read_bytes()
+        for text in (b"cells", b"learning_rate", b"0.125", b"train/loss", b"0.625"):
+            assert text in content
+        assert b"train/odd" not in content
+    assert not (tmp_path / "elsewhere").exists()
+
+
+# --------------------------------------------------------------------------------------- profile
+
+
+@jax.jit
+def profiled_step(x):
+    return {"loss": (x.sum(), jnp.ones(()))}
+
+
+def calls(directory, steps, step=0):
+    """How often the profiler saw the step, in a run of six steps."""
+    with closing(Profile(directory, steps, step)) as profile:
+        while step < 6:
+            step += 1
+            profile.after(step, profiled_step(jnp.full(4, step)))
+    traces = list(directory.rglob("profile/**/*.trace.json.gz"))
+    events = [json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"] for trace in traces]
+    return sum("(profiled_step)" in event.get("name", "") for of in events for event in of)
+
+
+def test_profile_of_some_steps(tmp_path):
+    one = calls(tmp_path / "one", (1, 1))
+    assert one > 0
+    assert calls(tmp_path / "three", (2, 3)) == 3 * one
+    assert calls(tmp_path / "cut", (5, 100)) == 2 * one  # the run ends before the profile
+    assert calls(tmp_path / "resumed", (5, 1), step=4) == one
+    for name, steps, step in (("none", None, 0), ("beyond", (2, 3), 3)):
+        assert calls(tmp_path / name, steps, step) == 0
+        assert not (tmp_path / name).exists()
 
 
 # -------------------------------------------------------------------------------------- progress

@@ -17,6 +17,7 @@ from scjax.train.optimizer import (
     moving_average,
 )
 from scjax.train.probe import BASELINES, Probe, effective_rank, masked_gap, read_labels, results
+from scjax.train.profile import Profile
 from scjax.train.progress import RunProgress
 from scjax.train.run import (
     Run,
@@ -45,6 +46,7 @@ __all__ = [
     "NonFiniteLoss",
     "OptimizerConfig",
     "Probe",
+    "Profile",
     "Restored",
     "Run",
     "RunConfig",

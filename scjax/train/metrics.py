@@ -221,6 +221,8 @@ class MetricsLog:
         self._file = self._tensorboard = self._wandb = None
         if jax.process_index() != 0:
             return
+        if wandb is not None:
+            self._wandb = _weights_and_biases(wandb, pathlib.Path(directory))
         if self.path.exists():
             kept = [line for line in read_metrics(self.path) if line["step"] <= step]
             self.productive = sum(line.get("time/step", 0.0) for line in kept)
@@ -236,8 +238,6 @@ class MetricsLog:
             self._tensorboard = SummaryWriter(
                 str(pathlib.Path(directory) / "tensorboard"), purge_step=step + 1
             )
-        if wandb is not None:
-            self._wandb = _weights_and_biases(wandb, pathlib.Path(directory))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line ``{"step": step, name: value, ...}``; a non-finite value becomes null."""

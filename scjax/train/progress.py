@@ -70,9 +70,6 @@ class RunProgress:
             parts = [f"step {step}/{self.steps}", loss, rate, f"{minutes}:{seconds:02d} left"]
             self.say("  ".join(part for part in parts if part))
 
-    def report(self, step: int, loss: float, cells_per_second: float | None) -> None:  # until the loop shows
-        self.show(step, {"train/loss": loss})
-
     def say(self, message: str) -> None:
         """Prints a line without breaking the bar."""
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)
