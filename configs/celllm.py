@@ -53,7 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "contrast_weight": 1.0,
             "temperature": 0.05,
             "parts": 8,
-            "remat": "full",
+            "remat": "auto",
             "dtype": "bfloat16",
         }
     )
@@ -86,7 +86,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "keep": 3,
         }
     )
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 0, "tensor": 0})  # 0: as the hardware table says
     if arg == "smoke":
         config.model.update(d_model=32, n_heads=2, d_head=16, n_layers=2, d_ff=64, max_length=256)
         config.model.update(temperature=0.2, parts=2, remat="none", dtype="float32")

@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "mask_fraction": 0.15,
             "replace_fraction": 0.9,
             "pool": "mean",
-            "remat": "full",
+            "remat": "auto",
             "dtype": "bfloat16",
         }
     )
@@ -77,7 +77,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "keep": 3,
         }
     )
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 0, "tensor": 0})  # 0: as the hardware table says
     if arg == "smoke":
         config.model.update(d_model=32, n_heads=2, d_head=16, n_layers=2, d_ff=64)
         config.model.update(remat="none", dtype="float32")

@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "second_pass_after": 1000,
             "mvc_weight": 1.0,
             "attention": "auto",
-            "remat": "dots",
+            "remat": "auto",
             "dtype": "bfloat16",
         }
     )
@@ -73,7 +73,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "keep": 3,
         }
     )
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 0, "tensor": 0})  # 0: as the hardware table says
     if arg == "smoke":
         config.model.update(
             d_model=64,

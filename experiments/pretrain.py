@@ -82,7 +82,7 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
     layout = layout_for(config.mesh, count_parameters(model))  # the hardware says what the config leaves open
     mesh = layout.mesh
     loader, validation = make_loaders(config, corpus, vocabulary, mesh)
-    accumulate = micro_batches(config, loader, layout)
+    accumulate = micro_batches(config, model, loader.bucket_lengths[-1], layout)
 
     # ------------------------------------------------------------------------- the run directory
     tables = gene_tables(config.system, config.model, config.tables, model, vocabulary, corpus)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from scjax.nn.module import Abstract, axes_of, shapes_of
+from scjax.nn.module import Abstract, axes_of, bind, shapes_of
 from scjax.types import CellBatch
 
 FORMULA = (
@@ -79,6 +79,14 @@ def work_of(model: Abstract, module: Any, n_genes: Any, weight: Any = 1.0) -> tu
     n = jnp.asarray(n_genes, jnp.float32)
     tokens, operations = module.work(n) if hasattr(module, "work") else (n, dense(n, weights_of(model)))
     return tuple(jnp.where(jnp.asarray(weight) > 0, x, 0.0).sum() for x in (tokens, operations))  # type: ignore[return-value]
+
+
+def late_work(model: Abstract, n_genes: Any) -> tuple[float, float]:
+    """:func:`work_of` late in a run, when everything that sets in later has; from shapes, without values."""
+    shapes = shapes_of(model)
+    late = jax.tree.map(lambda x: np.full((), 2**30, x.dtype) if x.shape == () else x, shapes["buffers"])
+    tokens, operations = work_of(model, bind(model, shapes["params"], late), n_genes)
+    return float(tokens), float(operations)
 
 
 def work_metrics(model: Abstract, module: Any, batch: CellBatch) -> dict[str, tuple[Array, Array]]:

@@ -25,11 +25,12 @@ from jax.sharding import AbstractMesh, AxisType
 
 from scjax.config import from_config
 from scjax.models import build
-from scjax.nn import bind, shapes_of
-from scjax.nn.work import work_of
-from scjax.parallel import AXES, Layout, Plan, accumulate_for, choose, device_of, make_mesh
+from scjax.nn import shapes_of
+from scjax.nn.work import late_work
+from scjax.parallel import AXES, Layout, Plan, choose, device_of, make_mesh
 from scjax.train.ahead import abstract_batch, device_bytes
 from scjax.train.config import RunConfig
+from scjax.train.data import micro_batches
 from scjax.train.hlo import partitioned, work
 from scjax.train.optimizer import make_optimizer
 from scjax.train.state import State, abstract_state
@@ -92,14 +93,15 @@ def _step(job: Job, mesh: Any, *, kernels: bool) -> tuple[Any, Any, State, Any, 
     tx, _ = make_optimizer(config.optimizer, config.train.steps, model)
     abstract = abstract_state(model, tx, mesh, ema=config.optimizer.ema is not None)
     cells = config.data.batch_size
-    accumulate = config.train.accumulate or accumulate_for(cells, job.slots, mesh, plan.tokens)
+    layout = Layout(mesh, attention=compiled, remat=plan.remat, tokens=plan.tokens)
+    accumulate = micro_batches(config, model, job.slots, layout)
     step = make_train_step(
         model,
         tx,
         abstract,
         seed=config.seed,
         accumulate=accumulate,
-        layout=Layout(mesh, attention=compiled, remat=plan.remat),
+        layout=layout,
         guard=config.train.guard,
         ema=config.optimizer.ema,
     )
@@ -161,13 +163,7 @@ def cost(job: Job) -> dict[str, Any]:
 
 def useful(job: Job, model: Any) -> tuple[float, float]:
     """``(tokens, operations)`` of a step on cells without padding, late in a run."""
-    shapes = shapes_of(model)
-    late = jax.tree.map(
-        lambda leaf: np.full((), 2**30, leaf.dtype) if leaf.shape == () else leaf, shapes["buffers"]
-    )
-    n_genes = np.full(job.config.data.batch_size, job.slots)
-    tokens, operations = work_of(model, bind(model, shapes["params"], late), n_genes)
-    return float(tokens), float(operations)
+    return late_work(model, np.full(job.config.data.batch_size, job.slots))
 
 
 def cost_elsewhere(job: Job) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from scjax.config import ConfigError, from_config
@@ -12,6 +13,8 @@ from scjax.corpus import Corpus, Mixture, open_corpus
 from scjax.genes import Vocabulary
 from scjax.loader import Loader
 from scjax.models import resolve
+from scjax.nn.module import Abstract
+from scjax.nn.work import late_work
 from scjax.parallel import Layout, accumulate_for, process_shard
 from scjax.train.config import DataConfig, RunConfig
 from scjax.train.run import read_run
@@ -78,13 +81,17 @@ def make_loaders(
     return loader, validation
 
 
-def micro_batches(config: RunConfig, loader: Loader, layout: Layout) -> int:
+def micro_batches(config: RunConfig, model: Abstract, length: int, layout: Layout) -> int:
     """``train.accumulate``; where that is 0, as many as leave a device no more than it can hold, or 1 for a
-    model whose objective compares the cells of a micro-batch with one another."""
+    model whose objective compares the cells of a micro-batch with one another.
+
+    ``length`` is that of the longest batches, in genes; a model may make more tokens of them.
+    """
     if config.train.accumulate:
         return config.train.accumulate
     system, config_class = resolve(config.system)
     between = getattr(system, "BETWEEN_CELLS", None)
     if between is not None and between(from_config(config_class, config.model, where="config.model")):
         return 1
-    return accumulate_for(loader.batch_size, loader.bucket_lengths[-1], layout.mesh, layout.tokens)
+    tokens, _ = late_work(model, np.array([length]))
+    return accumulate_for(config.data.batch_size, max(length, int(tokens)), layout.mesh, layout.tokens)
