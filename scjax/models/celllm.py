@@ -104,7 +104,7 @@ class CellLMConfig:
     temperature: float = 0.05
     parts: int = 1
     n_outputs: int = 0
-    remat: Remat = "none"
+    remat: Remat = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -200,6 +200,11 @@ class CellLM(nnx.Module):
                 self.tumour = linear(d, 1, ("embed", None), rngs=rngs)
         self.bin_count = Buffer(jnp.zeros((n_genes, N_BINS)), axes=("vocab", None))
         self.calls = Buffer(jnp.zeros((), jnp.int32))
+
+    @staticmethod
+    def BETWEEN_CELLS(config: CellLMConfig) -> bool:
+        """Whether a loss depends on which cells are in a micro-batch together."""
+        return config.contrast_weight > 0 or config.stabiliser == "global"
 
     @staticmethod
     def tables(config: CellLMConfig) -> dict[str, str]:

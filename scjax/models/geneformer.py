@@ -75,7 +75,7 @@ class GeneformerConfig:
     n_outputs: int = 0
     head: Literal["cell", "gene"] = "cell"
     attention: Backend = "auto"
-    remat: Remat = "none"
+    remat: Remat = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:

@@ -64,7 +64,7 @@ class ScBERTConfig:
     replace_fraction: float = 0.9
     pool: Literal["mean", "cls"] = "mean"
     n_outputs: int = 0
-    remat: Remat = "none"
+    remat: Remat = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -142,6 +142,11 @@ class ScBERT(nnx.Module):
             self.bins = linear(d, N_TOKENS, ("embed", None), rngs=rngs)
         self.bin_count = Buffer(jnp.zeros((n_genes, N_BINS)), axes=("vocab", None))
         self.calls = Buffer(jnp.zeros((), jnp.int32))
+
+    @staticmethod
+    def BETWEEN_CELLS(config: ScBERTConfig) -> bool:
+        """Whether a loss depends on which cells are in a micro-batch together."""
+        return config.stabiliser == "global"
 
     @staticmethod
     def tables(config: ScBERTConfig) -> dict[str, str]:

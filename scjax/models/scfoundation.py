@@ -39,7 +39,7 @@ from scjax.nn.performer import PerformerBlock, Stabiliser, count_call, n_feature
 from scjax.nn.soft_bins import SoftBins
 from scjax.nn.work import dense, favor_stack, softmax_stack
 from scjax.objectives import masked_mse
-from scjax.parallel.layout import top_k
+from scjax.parallel.layout import map_cells, top_k
 from scjax.types import CellBatch
 
 Decoding = Literal["auto", "batched", "cellwise"]
@@ -74,8 +74,8 @@ class ScFoundationConfig:
       n_outputs: classes of the annotation head; 0 for none.
       attention: backend, see :func:`scjax.nn.attention.attention`.
       decoding: "cellwise" maps the decoder over the cells and recomputes each in the backward pass, so
-        that the activations of all genes exist for one cell at a time; "batched" takes all cells at
-        once and works on any mesh; "auto" is "cellwise" on a lone CPU device, else "batched".
+        that the activations of all genes exist for one cell of each device at a time; "batched" takes all
+        cells at once; "auto" is "cellwise" on a lone CPU device, else "batched".
       remat: see :class:`scjax.nn.layers.Stack`; of encoder and decoder.
       dtype: "float32" or "bfloat16", of activations; parameters are float32.
     """
@@ -109,7 +109,7 @@ class ScFoundationConfig:
     n_outputs: int = 0
     attention: Backend = "auto"
     decoding: Decoding = "auto"
-    remat: Remat = "none"
+    remat: Remat = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -215,6 +215,11 @@ class ScFoundation(nnx.Module):
             self.head = PooledHead(d, 256, c.n_outputs, rngs=rngs)
         self.calls = Buffer(jnp.zeros((), jnp.int32))  # of the training loss: micro-batches seen
         self.gene_mean = GeneMean(n_genes)  # of a gene where it was hidden
+
+    @staticmethod
+    def BETWEEN_CELLS(config: ScFoundationConfig) -> bool:
+        """Whether a loss depends on which cells are in a micro-batch together."""
+        return config.stabiliser == "global"
 
     @staticmethod
     def tables(config: ScFoundationConfig) -> dict[str, str]:
@@ -337,13 +342,15 @@ class ScFoundation(nnx.Module):
         known = self.to_decoder(known + self.gene(jnp.maximum(places, 0)).astype(known.dtype))
         zero = self.gene(jnp.arange(self.n_genes + 2)) + self.value(jnp.zeros(()))
         zero = self.to_decoder(zero.astype(known.dtype))
-        places = jnp.where(places < 0, self.n_genes + 2, places)
+        # each padding has a place of its own beyond the last: where none comes twice, no order is kept
+        beyond = self.n_genes + 2 + jnp.arange(places.shape[1])
+        places = jnp.where(places < 0, beyond, places)
+        put = jax.vmap(lambda x, place, y: x.at[place].set(y, mode="drop", unique_indices=True))
 
         def some(cells: tuple[Array, Array, Array]) -> Array:
             known, places, sites = cells
             x = jnp.broadcast_to(zero, (known.shape[0], *zero.shape))
-            cell = jnp.arange(known.shape[0])[:, None]
-            x = self.decoder(x.at[cell, places].set(known, mode="drop"), None)
+            x = self.decoder(put(x, places, known), None)
             x = jnp.take_along_axis(x, sites[..., None], axis=1)
             return self.norm(self.decoder_norm(x))
 
@@ -354,8 +361,7 @@ class ScFoundation(nnx.Module):
             cellwise = lone and c.stabiliser != "global"
         if not cellwise:
             return some(cells)
-        one = jax.checkpoint(lambda cell: some(jax.tree.map(lambda x: x[None], cell))[0])
-        return jax.lax.map(one, cells)
+        return map_cells(jax.checkpoint(some), cells)
 
     def __call__(self, tokens: Tokens, keys: Array | None = None) -> tuple[Array, Array]:
         """Runs encoder and decoder.

@@ -117,7 +117,7 @@ class ScGPTConfig:
     pool: Literal["cls", "mean"] = "cls"
     n_outputs: int = 0
     attention: Backend = "auto"
-    remat: Remat = "none"
+    remat: Remat = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     pool_pads: bool = False
     first_domain: bool = False
@@ -214,6 +214,11 @@ class ScGPT(nnx.Module):
         if c.n_outputs:
             self.head = CellHead(d, c.n_outputs, activation="relu", **typed)
         self.gene_mean = GeneMean(n_genes)
+
+    @staticmethod
+    def BETWEEN_CELLS(config: ScGPTConfig) -> bool:
+        """Whether a loss depends on which cells are in a micro-batch together."""
+        return config.ecs_weight > 0 or config.batch_norm != "none"
 
     @staticmethod
     def tables(config: ScGPTConfig) -> dict[str, str]:

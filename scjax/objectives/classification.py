@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from scjax.parallel.layout import current, rows
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def linear_cross_entropy(
@@ -53,8 +55,10 @@ def _over_chunks(
     gradients: bool,
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     b, k, d = x_BKD.shape
+    layout = current()
+    slices = layout.slices if layout and b % layout.slices == 0 else 1
     if chunk is None:
-        elements = (2**22 if jax.default_backend() == "cpu" else 2**26) * jax.device_count()
+        elements = (2**22 if jax.default_backend() == "cpu" else 2**26) * (layout.mesh.size if layout else 1)
         chunk = elements // (b * table_VD.shape[0])
     chunk = min(max(chunk, 1), k)
     n = -(-k // chunk)
@@ -75,11 +79,15 @@ def _over_chunks(
         if not gradients:
             return loss, correct, ()
         dlogits = exp * (weight / total)[..., None] - jnp.where(hit, weight[..., None], 0.0)
-        dbias = dlogits.sum((0, 1))
+        dbias = sliced(dlogits).sum((1, 2))
         dlogits = dlogits.astype(x.dtype)
         dx = jnp.einsum("bkv,vd->bkd", dlogits, table)
-        dtable = jnp.einsum("bkv,bkd->vd", dlogits, x, preferred_element_type=jnp.float32)
+        dtable = jnp.einsum("rbkv,rbkd->rvd", sliced(dlogits), sliced(x), preferred_element_type=jnp.float32)
         return loss, correct, (dx, dtable, dbias)
+
+    def sliced(values: Array) -> Array:
+        # each slice of the batch has sums of its own, so that devices add up theirs once and not per chunk
+        return rows(values.reshape(slices, b // slices, *values.shape[1:]), whole=False)
 
     def step(carry: Any, this: tuple[Array, Array, Array]) -> tuple[Any, Any]:
         x, target, weight = this
@@ -103,13 +111,15 @@ def _over_chunks(
     zero = jnp.zeros((), jnp.float32)
     sums: tuple[Array, ...] = ()
     if gradients:
-        sums = (jnp.zeros(table.shape, jnp.float32), jnp.zeros(table.shape[:1], jnp.float32))
+        shapes = (table.shape, bias_V.shape)
+        sums = tuple(rows(jnp.zeros((slices, *shape), jnp.float32), whole=False) for shape in shapes)
     pieces = (cut(x_BKD), cut(target_BK), cut(weight_BK.astype(jnp.float32)))
     ((loss, correct), sums), each = jax.lax.scan(step, ((zero, zero), sums), pieces)
     if not gradients:
         return (loss, correct), ()
     dx = jnp.moveaxis(each[0], 0, 1).reshape(b, n * chunk, d)[:, :k]
-    return (loss, correct), (dx, sums[0].astype(table_VD.dtype), sums[1].astype(bias_V.dtype))
+    dtable, dbias = (total.sum(0) for total in sums)
+    return (loss, correct), (dx, dtable.astype(table_VD.dtype), dbias.astype(bias_V.dtype))
 
 
 def _forward(

@@ -82,20 +82,14 @@ def current() -> Layout | None:
     return _CURRENT.get()
 
 
-def lone_cpu() -> bool:
-    """Whether what is being traced runs on a single CPU device."""
-    layout = current()
-    devices = layout.mesh.size if layout else jax.device_count()
-    return devices == 1 and jax.default_backend() == "cpu"
-
-
-def rows(x: Array) -> Array:
-    """Pins activations [B, ...] to the layout of a batch: cells over ``data`` and ``fsdp``, all else whole;
-    also their gradient."""
+def rows(x: Array, *, whole: bool = True) -> Array:
+    """Pins activations [B, ...], and their gradient, to the layout of a batch: cells over ``data`` and
+    ``fsdp``. All else is whole, or as the compiler likes (vocabularies and hidden layers over ``tensor``)."""
     layout = current()
     if layout is None or x.shape[0] % layout.slices:
         return x
-    return jax.lax.with_sharding_constraint(x, layout.sharding(BATCH_AXES))
+    others = () if whole else (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, layout.sharding(BATCH_AXES, *others))
 
 
 def whole(x: Array, axes: Axes) -> Array:
