@@ -75,13 +75,15 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train = ConfigDict(
         {
             "steps": steps,
-            "accumulate": 1,
+            "accumulate": 0,
             "log_every": 100,
             "eval_every": 5_000,
             "checkpoint_every": 5_000,
             "keep": 3,
+            "guard": {"limit": 10.0},  # of steps that are not finite and therefore skipped
         }
     )
+    config.train.update(keep_every=placeholder(int), wandb=placeholder(str))
     config.mesh = ConfigDict({"data": -1, "fsdp": 0, "tensor": 0})  # 0: as the hardware table says
     if arg == "smoke":
         config.model.update(d_model=64, n_heads=2, n_layers=2, d_ff=128, max_length=128)
@@ -89,5 +91,5 @@ def get_config(arg: str = "") -> ConfigDict:
         config.data.update(corpus="runs/pbmc/corpus", genes="runs/pbmc/genes.tsv", batch_size=32)
         config.validation.update(batch_size=64, max_batches=4)
         config.optimizer.update(learning_rate=3e-3, warmup_steps=30, schedule="cosine", b2=0.99)
-        config.train.update(steps=400, log_every=20, eval_every=100, checkpoint_every=200)
+        config.train.update(steps=400, accumulate=1, log_every=20, eval_every=100, checkpoint_every=200)
     return config

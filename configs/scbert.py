@@ -75,8 +75,10 @@ def get_config(arg: str = "") -> ConfigDict:
             "eval_every": epoch,
             "checkpoint_every": epoch,
             "keep": 3,
+            "guard": {"limit": 10.0},  # of steps that are not finite and therefore skipped
         }
     )
+    config.train.update(keep_every=placeholder(int), wandb=placeholder(str))
     config.mesh = ConfigDict({"data": -1, "fsdp": 0, "tensor": 0})  # 0: as the hardware table says
     if arg == "smoke":
         config.model.update(d_model=32, n_heads=2, d_head=16, n_layers=2, d_ff=64)
