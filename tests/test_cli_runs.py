@@ -6,6 +6,7 @@ import base64
 import datetime
 import json
 import os
+import platform
 import re
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from scjax.cli import run_page
 from scjax.cli.main import main
 from scjax.cli.runs import find_runs, read_state
+from scjax.launch.capture import capture
 
 
 def at(seconds: float) -> str:
@@ -108,13 +110,13 @@ def test_runs_are_found_and_corpora_are_not_searched(tmp_path):
 
 
 def test_the_list(tmp_path, capsys):
-    make_run(tmp_path / "good", intervals(5), steps=1500)
+    make_run(tmp_path / "good", intervals(5), state="finished", steps=1500, updated=at(-2.5 * 3600))
     make_run(tmp_path / "bad[1]", state="failed", error="NonFiniteLoss: step 3: loss nan [bad]")
     assert main(["runs", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     good = next(line for line in shown.splitlines() if " good " in line)
     numbers = ["50/1,500", "0.1414", "0.1556", "1,000", "40.0%", "90.0%"]
-    assert good.split() == ["good", "running", *numbers, "0", "s", "ago"]
+    assert good.split() == ["good", "finished", *numbers, "2", "h", "ago"]
     assert re.search(r"bad\[1\] +failed +3/10", shown)
     assert "bad[1]: NonFiniteLoss: step 3: loss nan [bad]" in shown
 
@@ -166,6 +168,7 @@ def test_the_page_of_a_run(tmp_path):
     assert all(svg.rstrip().endswith("</svg>") for svg in shown.values())
     assert "<script>" not in text and "&lt;script&gt;" in text and "<h1>Run run</h1>" in text
     assert "<dt>train.steps</dt><dd>300</dd>" in text and "What is different" not in text
+    assert "<dt>command</dt>" not in text  # nobody wrote it down
     waited, saved = 30 * 0.1, 3.0
     for what in (waited, saved):
         assert f"<td>{what / (30 * 2 + 1 + waited + saved):.1%}</td>" in text
@@ -175,6 +178,19 @@ def test_the_page_of_a_run(tmp_path):
     assert main(["runs", "report", str(bare)]) == 0
     text = (bare / "run.html").read_text()
     assert "ValueError: &lt;no&gt;" in text and not pictures(bare / "run.html")
+
+
+def test_the_page_tells_how_a_run_was_started(tmp_path):
+    run = make_run(tmp_path / "run", intervals(3), step=30)
+    capture(run)
+    (run / "metrics.jsonl").unlink()  # has only begun
+    assert main(["runs", "report", str(run)]) == 0
+    text = (run / "run.html").read_text()
+    assert f"<dt>versions</dt><dd>Python {platform.python_version()}, scjax" in text
+    assert re.search("<dt>command</dt><dd>.*pytest", text)
+    for content in ("[]", "{}", "[{}]"):
+        (run / "environment.json").write_text(content)
+        assert main(["runs", "report", str(run)]) == 0
 
 
 def test_the_page_of_several_runs(tmp_path):

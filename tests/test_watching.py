@@ -6,17 +6,21 @@ import datetime
 import gzip
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
 import types
 from contextlib import closing
 
 import jax
 import jax.numpy as jnp
 import pytest
+import runs
 from rich.console import Console
 
+from scjax.cli.runs import read_state
 from scjax.config import ConfigError
 from scjax.parallel import MeshConfig, make_mesh
 from scjax.parallel.hardware import device_of
@@ -28,6 +32,7 @@ from scjax.train import (
     RunProgress,
     Status,
     TooManySkipped,
+    checkpoint_steps,
     read_metrics,
 )
 from scjax.train import metrics as metrics_module
@@ -361,3 +366,42 @@ def test_a_full_disk_is_for_others_to_tell(tmp_path, monkeypatch):
     with Status(tmp_path, 3, 10) as status:
         status.at(10)
     assert not (tmp_path / "status.json").exists()
+
+
+# ----------------------------------------------------------------------------------------- a run
+
+
+def test_a_run_that_is_killed_and_resumed(tmp_path):
+    """What pretraining tells of itself, from processes of its own."""
+    runs.build_corpus(tmp_path / "corpus")
+    workdir = tmp_path / "run"
+    options = {"cache": tmp_path / "cache", "data__corpus": tmp_path / "corpus", "train__checkpoint_every": 5}
+    process = runs.start("tests/tiny_config.py", workdir, **options, train__steps=100_000, train__log_every=5)
+    while process.poll() is None and len(checkpoint_steps(workdir / "checkpoints")) < 2:
+        time.sleep(0.01)
+    assert process.poll() is None, runs.output_of(workdir).read_text()
+    assert read_state(workdir).state == "running"
+    began = read_state(workdir).status["began"]
+    process.kill()
+    process.wait()
+    assert read_state(workdir).state == "killed"
+
+    done = checkpoint_steps(workdir / "checkpoints")[-1]
+    more = options | {"train__steps": done + 20, "train__log_every": 5}
+    output = runs.pretrain("tests/tiny_config.py", workdir, **more)
+    state = read_state(workdir)
+    assert state.state == "finished" and state.step == state.status["steps"] == done + 20
+    assert state.status["starts"] == 2 and state.status["began"] == began
+    lines = [line for line in read_metrics(workdir / "metrics.jsonl") if "train/loss" in line]
+    for line in lines:
+        assert line["time/step"] > 0 and 0 < line["throughput/goodput"] < 1
+        assert "throughput/mfu" not in line  # of a CPU no peak is known
+    seconds = datetime.datetime.fromisoformat(state.status["updated"]) - datetime.datetime.fromisoformat(
+        began
+    )
+    # productive are the steps of both processes that are left, of all the time since the first began
+    productive = lines[-1]["throughput/goodput"] * (seconds.total_seconds() + 1)
+    assert productive >= sum(line["time/step"] for line in lines)
+    assert {"time/input_wait", "time/checkpoint", "time/evaluate"} <= set().union(*lines)
+    assert lines[-1]["throughput/tokens_per_second"] > lines[-1]["throughput/cells_per_second"] > 0
+    assert re.search(r"cells/s  [\d,]+ tokens/s  [\d,.]+ GFLOP/s", output)

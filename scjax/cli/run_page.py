@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import datetime
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,8 @@ def contents(states: Sequence[runs.RunState]) -> dict[str, Any]:
     """What the page says."""
     names = _names([state.path for state in states])
     read = [curves(runs.read_metrics(state.path / "metrics.jsonl")) for state in states]
-    configs = [runs.read_json(state.path / "config.json") for state in states]
-    models = [runs.read_json(state.path / "model.json") for state in states]
+    configs = [runs.read_object(state.path / "config.json") for state in states]
+    models = [runs.read_object(state.path / "model.json") for state in states]
     has = [column for column in runs.COLUMNS if any(runs.shown(state.last, column) for state in states)]
     return {
         "columns": has,
@@ -118,9 +119,26 @@ def _about(
             "began": status.get("began"),
             "last heard of": status.get("updated"),
             "starts": status.get("starts"),
-            "scjax": model.get("scjax"),
+            **_start(state.path / "environment.json"),
         },
     }
+
+
+def _start(file: Path) -> dict[str, str]:
+    """What the run was started with last (:mod:`scjax.launch.capture`); {} where nobody wrote it down."""
+    starts = runs.read_json(file)
+    if not isinstance(starts, list) or not starts:
+        return {}
+    about = starts[-1]
+    versions = {"Python": about.get("python"), **about.get("versions", {})}
+    facts = {
+        "command": shlex.join(about.get("command", [])),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+    if git := (about.get("git") or {}).get("scjax"):
+        changed = f", {len(git['changed'])} files changed since" if git["changed"] else ""
+        facts["commit"] = f"{git['commit']}{changed}"
+    return facts
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

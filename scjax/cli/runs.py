@@ -85,7 +85,7 @@ def read_state(path: str | Path) -> RunState:
     last: dict[str, float] = {}
     for line in _lines(path / "metrics.jsonl", TAIL):
         last |= {name: value for name, value in line.items() if value is not None}
-    return RunState(path, read_json(path / "status.json"), last)
+    return RunState(path, read_object(path / "status.json"), last)
 
 
 def is_run(path: Path) -> bool:
@@ -108,12 +108,17 @@ def find_runs(directory: Path) -> Iterator[Path]:
         names[:] = [] if inside else sorted(name for name in names if not name.startswith("."))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is none, or something else."""
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; None where there is none, or none that is whole."""
     with suppress(OSError, ValueError):
-        content = json.loads(path.read_text())
-        return content if isinstance(content, dict) else {}
-    return {}
+        return json.loads(path.read_text())
+    return None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds an object; {} where there is none."""
+    content = read_json(path)
+    return content if isinstance(content, dict) else {}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
