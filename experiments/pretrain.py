@@ -25,7 +25,7 @@ from scjax.genes import Vocabulary
 from scjax.launch.capture import capture
 from scjax.launch.codes import REQUEUE
 from scjax.models import build
-from scjax.parallel import Prefetch, distributed_start, layout_for, summary
+from scjax.parallel import Prefetch, distributed_start, layout_for, summary, together
 from scjax.train import (
     Checkpoints,
     Meter,
@@ -203,12 +203,12 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # JAX would tell of every kind of device that is not here
-    try:
-        with Preemption() as preemption:
+    with Preemption() as preemption, together():
+        try:
             config = from_config(RunConfig, _CONFIG.value, where="config")
             done = pretrain(config, _WORKDIR.value, preemption)
-    except (ValueError, KeyError, OSError, FloatingPointError) as error:  # what the user can mend
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+        except (ValueError, KeyError, OSError, FloatingPointError) as error:  # what the user can mend
+            raise SystemExit(f"{type(error).__name__}: {error}") from None
     sys.exit(0 if done else REQUEUE)
 
 

@@ -6,10 +6,7 @@ from scjax.parallel.mesh import (
     AXES,
     BATCH_AXES,
     MeshConfig,
-    barrier,
     batch_sharding,
-    distributed_start,
-    everywhere,
     make_mesh,
     process_shard,
     replicated,
@@ -17,6 +14,7 @@ from scjax.parallel.mesh import (
 )
 from scjax.parallel.placement import place
 from scjax.parallel.prefetch import Prefetch
+from scjax.parallel.processes import barrier, distributed_start, everywhere, together
 from scjax.parallel.rules import RULES, Rules, partition, shardings
 
 __all__ = [
@@ -46,4 +44,5 @@ __all__ = [
     "replicated",
     "shardings",
     "summary",
+    "together",
 ]

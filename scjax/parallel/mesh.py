@@ -1,4 +1,4 @@
-"""The mesh of devices, and the start of a run over several processes.
+"""The mesh of devices.
 
 A mesh has three axes. ``data`` splits the batch and keeps a copy of the parameters in each slice;
 ``fsdp`` splits the batch and the parameters; ``tensor`` splits the parameters only, within a layer.
@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -109,62 +107,3 @@ def summary(mesh: Mesh) -> str:
     sizes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     processes = len({d.process_index for d in mesh.devices.flat})
     return f"mesh {sizes} on {mesh.size} {device.device_kind} device(s), {processes} process(es)"
-
-
-def distributed_start(environ: Mapping[str, str] | None = None) -> tuple[int, int]:
-    """Joins the processes of a run; ``(process index, process count)``. Call it before anything else
-    touches a device. Does nothing, and returns ``(0, 1)``, where nothing asks for several processes.
-
-    Joined are: processes started with ``JAX_COORDINATOR_ADDRESS`` (host:port), ``JAX_NUM_PROCESSES``
-    and ``JAX_PROCESS_ID``; and those of a Slurm step, an Open MPI run, a Kubernetes indexed job or a
-    TPU pod of more than one task, for which JAX finds the three by itself.
-
-    Raises:
-      ValueError: some but not all of the three variables are set.
-    """
-    environ = os.environ if environ is None else environ
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = [name for name in names if environ.get(name)]
-    if not given and not _started_by_a_cluster(environ):
-        return 0, 1
-    if given and len(given) < len(names) and not _started_by_a_cluster(environ):
-        missing = ", ".join(name for name in names if name not in given)
-        raise ValueError(f"{', '.join(given)} set without {missing}: several processes need all three")
-    if not jax.distributed.is_initialized():
-        if len(given) == len(names):
-            address, count, index = (environ[name] for name in names)
-            jax.distributed.initialize(address, num_processes=int(count), process_id=int(index))
-        else:
-            jax.distributed.initialize()
-    return jax.process_index(), jax.process_count()
-
-
-def _started_by_a_cluster(environ: Mapping[str, str]) -> bool:
-    """Whether the environment is that of one of several tasks that JAX can join by itself."""
-
-    def more_than_one(name: str) -> bool:
-        return environ.get(name, "").isdigit() and int(environ[name]) > 1
-
-    return (
-        (more_than_one("SLURM_NTASKS") and "SLURM_STEP_NODELIST" in environ)
-        or more_than_one("OMPI_COMM_WORLD_SIZE")
-        or ("KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ)
-        or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
-    )
-
-
-def barrier(name: str) -> None:
-    """Waits until every process is here; nothing on one process."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
-
-
-def everywhere(flag: bool) -> bool:
-    """Whether ``flag`` is set on every process."""
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
-
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))
