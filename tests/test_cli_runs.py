@@ -110,7 +110,7 @@ def test_runs_are_found_and_corpora_are_not_searched(tmp_path):
 
 
 def test_the_list(tmp_path, capsys):
-    make_run(tmp_path / "good", intervals(5), state="finished", steps=1500, updated=at(-2.5 * 3600))
+    make_run(tmp_path / "good", intervals(5), state="finished", steps=1500, updated=at(-2.2 * 3600))
     make_run(tmp_path / "bad[1]", state="failed", error="NonFiniteLoss: step 3: loss nan [bad]")
     assert main(["runs", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
