@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from scjax.parallel.hardware import device_of
 from scjax.parallel.mesh import BATCH_AXES
@@ -80,6 +80,20 @@ class Layout:
 def current() -> Layout | None:
     """The active layout; None where a model is called outside of a step, on one device."""
     return _CURRENT.get()
+
+
+def automatic(function: Callable[..., Any], mesh: Mesh, out: Any) -> Callable[..., Any]:
+    """``function`` traced with Auto axes, also on a mesh whose axes are Explicit: there arrays carry their
+    shardings in their types, which cannot say how a look-up in a split table or a sort comes out.
+
+    Args:
+      function: of trees of arrays.
+      mesh: on which they lie.
+      out: tree of the shardings of its results, or a prefix of it.
+    """
+    if AxisType.Explicit not in mesh.axis_types:
+        return function
+    return jax.sharding.auto_axes(function, out_sharding=out)
 
 
 def rows(x: Array, *, whole: bool = True) -> Array:

@@ -14,12 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from scjax.nn.module import Abstract, axes_of, bind, buffers_of
 from scjax.nn.work import work_metrics
 from scjax.parallel import BATCH_AXES, Layout, batch_sharding, replicated
-from scjax.parallel.layout import whole
+from scjax.parallel.layout import automatic, whole
 from scjax.train.guard import GuardConfig, choose, judge
 from scjax.train.optimizer import moving_average
 from scjax.train.state import State, judged_params, pack, shardings_of, unpack
@@ -36,8 +35,7 @@ def _loss_of(
     model: Abstract, abstract: State, layout: Layout | None, *, train: bool
 ) -> Callable[..., tuple[Any, Any, Any, Any]]:
     """``(params, buffers, batch, key) -> (sums, weights, new buffers, metrics)``; two dicts by objective."""
-    mesh, names = abstract["step"].sharding.mesh, axes_of(model)["params"]
-    layout = layout or Layout(mesh)
+    names, layout = axes_of(model)["params"], layout or Layout(abstract["step"].sharding.mesh)
 
     def as_used(path: tuple[Any, ...], param: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         """Tables are gathered before anything is looked up in them. Left to itself the compiler would look up
@@ -61,13 +59,7 @@ def _loss_of(
         as_float = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)  # noqa: E731
         return as_float(dict(sums)), as_float(dict(weights)), buffers_of(module), as_float(metrics)
 
-    if AxisType.Explicit not in mesh.axis_types:
-        return loss
-    # state, batch and gradients have their shardings in their types; inside of the loss the compiler derives
-    # them, for types cannot say how a look-up or a sort over split rows comes out
-    everywhere = replicated(mesh)
-    out = (everywhere, everywhere, shardings_of(abstract["buffers"]), everywhere)
-    return jax.sharding.auto_axes(loss, out_sharding=out)
+    return loss
 
 
 def _objective(sums: Sums, weights: Sums) -> jax.Array:
@@ -127,8 +119,8 @@ def make_train_step(
     """
     if (ema is not None) != ("ema" in abstract):
         raise ValueError("a moving average needs both abstract_state(..., ema=True) and its decay, ema")
-    mesh = abstract["step"].sharding.mesh
-    micro_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+    mesh, shardings = abstract["step"].sharding.mesh, shardings_of(abstract)
+    layout = layout or Layout(mesh)
     loss = _loss_of(model, abstract, layout, train=True)
 
     def objective(params: Any, buffers: Any, batch: CellBatch, key: jax.Array, weights: Sums | None) -> Any:
@@ -147,35 +139,49 @@ def make_train_step(
         if x.shape[0] % accumulate:
             raise ValueError(f"train.accumulate = {accumulate} does not divide a batch of {x.shape[0]} cells")
         x = jnp.moveaxis(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 1, 0)
-        return jax.lax.with_sharding_constraint(x, micro_sharding)
+        return jax.lax.with_sharding_constraint(x, layout.sharding(None, BATCH_AXES))
+
+    def gradients(params: Any, buffers: Any, batch: CellBatch, key: jax.Array) -> Any:
+        """Of the whole batch, and ``(sums, weights, new buffers, metrics)``."""
+        if accumulate == 1:
+            return gradient(params, buffers, batch, key, None)
+        cuts = jax.tree.map(cut, batch)
+        first = jax.tree.map(lambda x: x[0], cuts)
+        like = jax.eval_shape(lambda b: gradient(params, buffers, b, key, None), first)
+        whole = None
+        if len(like[1][0]) > 1:
+            # weights do not depend on the network, which the compiler therefore leaves out here
+            each = jax.lax.map(lambda micro: loss(params, buffers, micro, key)[1], cuts)
+            whole = jax.tree.map(lambda x: x.sum(0), each)
+
+        def add(carry: Any, micro: CellBatch) -> tuple[Any, None]:
+            buffers, totals = carry
+            grads, (sums, weights, buffers, metrics) = gradient(params, buffers, micro, key, whole)
+            return (buffers, jax.tree.map(jnp.add, totals, (grads, sums, weights, metrics))), None
+
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), (like[0], like[1][0], like[1][1], like[1][3])
+        )
+        (buffers, (grads, sums, weights, metrics)), _ = jax.lax.scan(add, (buffers, zeros), cuts)
+        for name in WORK:
+            metrics[name] = (metrics[name][0], jnp.ones(()))
+        return grads, (sums, weights, buffers, metrics)
+
+    def update(grads: Any, opt: Any, params: Any) -> tuple[Any, Any]:
+        updates, opt = tx.update(grads, unpack(tx, params, opt), params)
+        return updates, pack(opt)
+
+    everywhere = replicated(mesh)
+    gradients = automatic(
+        gradients,
+        mesh,
+        (shardings["params"], (everywhere, everywhere, shardings["buffers"], everywhere)),
+    )
+    update = automatic(update, mesh, (shardings["params"], shardings["opt"]))
 
     def step(state: State, batch: CellBatch) -> tuple[State, Metrics]:
         params, key = state["params"], jax.random.fold_in(jax.random.key(seed), state["step"])
-        if accumulate == 1:
-            grads, (sums, weights, buffers, metrics) = gradient(params, state["buffers"], batch, key, None)
-        else:
-            cuts = jax.tree.map(cut, batch)
-            first = jax.tree.map(lambda x: x[0], cuts)
-            like = jax.eval_shape(lambda b: gradient(params, state["buffers"], b, key, None), first)
-            whole = None
-            if len(like[1][0]) > 1:
-                # weights do not depend on the network, which the compiler therefore leaves out here
-                each = jax.lax.map(lambda micro: loss(params, state["buffers"], micro, key)[1], cuts)
-                whole = jax.tree.map(lambda x: x.sum(0), each)
-
-            def add(carry: Any, micro: CellBatch) -> tuple[Any, None]:
-                buffers, totals = carry
-                grads, (sums, weights, buffers, metrics) = gradient(params, buffers, micro, key, whole)
-                return (buffers, jax.tree.map(jnp.add, totals, (grads, sums, weights, metrics))), None
-
-            zeros = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype), (like[0], like[1][0], like[1][1], like[1][3])
-            )
-            (buffers, totals), _ = jax.lax.scan(add, (state["buffers"], zeros), cuts)
-            grads, sums, weights, metrics = totals
-            for name in WORK:
-                metrics[name] = (metrics[name][0], jnp.ones(()))
-
+        grads, (sums, weights, buffers, metrics) = gradients(params, state["buffers"], batch, key)
         metrics["loss"] = _loss_metric(sums, weights)
         if len(sums) == 1:
             (weight,) = weights.values()
@@ -183,9 +189,9 @@ def make_train_step(
             grads = jax.tree.map(lambda g: jnp.where(scale > 0, g * scale, 0).astype(g.dtype), grads)
         metrics["grad_norm"] = (optax.tree.norm(grads).astype(jnp.float32), jnp.ones(()))
 
-        updates, opt = tx.update(grads, unpack(tx, params, state["opt"]), params)
+        updates, opt = update(grads, state["opt"], params)
         params = optax.apply_updates(params, updates)
-        new = {"params": params, "buffers": buffers, "opt": pack(opt)}
+        new = {"params": params, "buffers": buffers, "opt": opt}
         if ema is not None:
             new["ema"] = moving_average(state["ema"], params, ema, state["step"])
         memory = state["guard"]
@@ -198,11 +204,10 @@ def make_train_step(
             metrics = choose(good, metrics, nothing | {name: metrics[name] for name in WORK}) | told
         return new | {"guard": memory, "step": state["step"] + 1}, metrics
 
-    shardings = shardings_of(abstract)
     return jax.jit(
         step,
         in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
+        out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )
 
@@ -216,8 +221,14 @@ def make_eval_step(model: Abstract, abstract: State, *, seed: int, layout: Layou
     mesh = abstract["step"].sharding.mesh
     loss = _loss_of(model, abstract, layout, train=False)
 
+    def evaluate(params: Any, buffers: Any, batch: CellBatch, key: jax.Array) -> tuple[Any, Any, Any]:
+        sums, weights, _, metrics = loss(params, buffers, batch, key)
+        return sums, weights, metrics
+
+    evaluate = automatic(evaluate, mesh, replicated(mesh))
+
     def step(state: State, batch: CellBatch) -> Metrics:
-        sums, weights, _, metrics = loss(judged_params(state), state["buffers"], batch, jax.random.key(seed))
+        sums, weights, metrics = evaluate(judged_params(state), state["buffers"], batch, jax.random.key(seed))
         return metrics | {"loss": _loss_metric(sums, weights)}
 
     return jax.jit(
