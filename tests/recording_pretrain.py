@@ -18,24 +18,26 @@ file = pathlib.Path(__file__).parent.parent / "experiments" / "pretrain.py"
 spec = importlib.util.spec_from_file_location("pretrain", file)
 pretrain = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pretrain)
-place, steps = pretrain.place, []
+steps = []
 
 
-def recording_place(batch, mesh):
-    placed = place(batch, mesh)
-    step = {}
-    for rows, genes in zip(placed.row.addressable_shards, placed.gene_id.addressable_shards, strict=True):
-        start = rows.index[0].start or 0
-        step[start] = [np.asarray(rows.data).tolist(), np.asarray(genes.data).sum(1).tolist()]
-    steps.append(step)
-    return placed
+class RecordingPrefetch(pretrain.Prefetch):
+    def __next__(self):
+        batch, step = super().__next__(), {}
+        for rows, genes in zip(batch.row.addressable_shards, batch.gene_id.addressable_shards, strict=True):
+            start = rows.index[0].start or 0
+            step[start] = [np.asarray(rows.data).tolist(), np.asarray(genes.data).sum(1).tolist()]
+        steps.append(step)
+        return batch
 
 
 def main(argv):
-    pretrain.main(argv)
-    out = f"{flags.FLAGS.workdir}.rows.{jax.process_index()}.json"
-    pathlib.Path(out).write_text(json.dumps(steps))
+    try:
+        pretrain.main(argv)
+    finally:
+        out = f"{flags.FLAGS.workdir}.rows.{jax.process_index()}.json"
+        pathlib.Path(out).write_text(json.dumps(steps))
 
 
-pretrain.place = recording_place
+pretrain.Prefetch = RecordingPrefetch
 app.run(main)
