@@ -1,10 +1,26 @@
 """The tables of hardware: which row a device gets, and what a run is told to look like on it."""
 
+import math
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from scjax.parallel import DEVICES, MeshConfig, accumulate_for, choose, device_of, layout_for, make_mesh
+from scjax.nn.layers import Block, Stack
+from scjax.parallel import (
+    DEVICES,
+    Layout,
+    MeshConfig,
+    accumulate_for,
+    choose,
+    device_of,
+    layout_for,
+    make_mesh,
+)
+from scjax.parallel.hardware import KEPT_BYTES
 
 
 @pytest.mark.parametrize(
@@ -125,3 +141,61 @@ def test_a_layout_for_the_devices_there_are():
     explicit = layout_for(None, 10**6, devices=jax.devices()[:2], axis_type=jax.sharding.AxisType.Explicit)
     assert dict(explicit.mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 1}
     assert set(explicit.mesh.axis_types) == {jax.sharding.AxisType.Explicit}
+
+
+# ------------------------------------------------------------------ what remat keeps
+CELLS, LENGTH, WIDTH, LAYERS = 2, 32, 64, 3
+
+
+def stack(remat, dtype):
+    """A graph definition, its parameters, and the loss of a stack with dropout."""
+    make = lambda rngs: Block(  # noqa: E731
+        WIDTH, 4, 4 * WIDTH, dropout=0.1, backend="chunked", dtype=dtype, rngs=rngs
+    )
+    graphdef, params = nnx.split(Stack(LAYERS, make, remat=remat, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (CELLS, LENGTH, WIDTH), dtype)
+    keys = jax.random.split(jax.random.key(2), CELLS)
+
+    def loss(params, x):
+        out = nnx.merge(graphdef, params)(x, jnp.ones(x.shape[:2], bool), keys=keys)
+        return jnp.square(out.astype(jnp.float32)).mean()
+
+    return loss, params, x
+
+
+def kept(remat, capsys):
+    """Bytes that the backward pass needs of a token, per layer and unit of width."""
+    jax.ad_checkpoint.print_saved_residuals(*stack(remat, jnp.bfloat16))
+    found = 0
+    for kind, bits, shape in re.findall(
+        r"^(bool|[a-z]+)(\d*)\[([\d,]+)\] (?!from the argument)", capsys.readouterr().out, re.M
+    ):
+        sizes = [int(n) for n in shape.split(",")]
+        if sizes[0] == LAYERS and math.prod(sizes) >= LAYERS * CELLS * LENGTH:
+            found += math.prod(sizes) * (1 if kind == "bool" else int(bits) // 8)
+    return found / (LAYERS * CELLS * LENGTH * WIDTH)
+
+
+@pytest.mark.parametrize("remat", KEPT_BYTES)
+def test_a_remat_policy_keeps_what_the_table_says(remat, capsys):
+    few = 0.3 + 4 * 5 / WIDTH  # means and variances, and the softmax's denominators: a number a token or head
+    assert KEPT_BYTES[remat] <= kept(remat, capsys) <= KEPT_BYTES[remat] + few
+
+
+def test_auto_is_the_remat_of_the_layout(capsys):
+    assert kept("auto", capsys) == kept("none", capsys)
+    with Layout(make_mesh(devices=jax.devices()[:1]), remat="full").active():
+        assert kept("auto", capsys) == kept("full", capsys)
+        assert kept("dots", capsys) > kept("full", capsys)  # what a config says goes before
+    with pytest.raises(ValueError, match="one of auto, none, dots, full, not 'some'"):
+        stack("some", None)
+
+
+def test_remat_changes_no_gradient():
+    due = None
+    for remat in KEPT_BYTES:
+        loss, params, x = stack(remat, jnp.float32)
+        found = jax.jit(jax.value_and_grad(loss))(params, x)
+        due = found if due is None else due
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(due), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)

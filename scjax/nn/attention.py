@@ -142,14 +142,10 @@ def einsum(q_BSHD: Array, k_BSHD: Array, v_BSHD: Array, key_mask_BS: Array, unkn
     return jnp.moveaxis(out_BHSD / total_BHS1, 1, 2).astype(v_BSHD.dtype)
 
 
-def _splash(*arrays: Array, unknown: int) -> Array:
-    return splash(*arrays, unknown=unknown, interpret=jax.default_backend() != "tpu")
-
-
 _BACKENDS: dict[str, Callable[..., Array]] = {
     "einsum": einsum,
     "cellwise": _cellwise,
     "chunked": chunked,
     "cudnn": cudnn,
-    "splash": _splash,
+    "splash": splash,
 }

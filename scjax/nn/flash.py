@@ -145,13 +145,10 @@ def cudnn(q_BSHD: Array, k_BSHD: Array, v_BSHD: Array, key_mask_BS: Array, unkno
 def _cudnn(q: Array, k: Array, v: Array, lengths: Array, sees: np.ndarray | None = None) -> Array:
     """``sees`` [queries, keys]: who sees whom, the same in all cells and heads; None for all the keys."""
     # for the backward pass JAX asks for even numbers of queries and of keys
-    odd = [x.shape[1] % 2 for x in (q, k)]
-    mask = (
-        None
-        if sees is None
-        else jnp.asarray(np.pad(sees, [(0, n) for n in odd], constant_values=True))[None, None]
-    )
-    length = q.shape[1]
+    length, mask = q.shape[1], None
+    if sees is not None:
+        odd = [(0, n % 2) for n in sees.shape]
+        mask = jnp.asarray(np.pad(sees, odd, constant_values=True))[None, None]
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     out = jax.nn.dot_product_attention(
         q, k, v, mask=mask, key_value_seq_lengths=lengths, implementation="cudnn"
@@ -171,37 +168,44 @@ _reorder.defvjp(
 )
 
 
-def splash(
-    q_BSHD: Array, k_BSHD: Array, v_BSHD: Array, key_mask_BS: Array, unknown: int = 0, interpret: bool = False
-) -> Array:
-    """JAX's splash attention for TPUs, a Pallas kernel. It skips blocks that no query may see, such as
-    those of unknown keys. ``interpret`` runs it on any device, slowly."""
+def splash(q_BSHD: Array, k_BSHD: Array, v_BSHD: Array, key_mask_BS: Array, unknown: int = 0) -> Array:
+    """JAX's splash attention for TPUs, a Pallas kernel; interpreted, and slow, on other devices. It skips
+    blocks that no query may see, such as those of unknown keys."""
+    return jax.lax.platform_dependent(
+        *(q_BSHD, k_BSHD, v_BSHD, key_mask_BS),
+        tpu=partial(_splash, unknown, False),
+        default=partial(_splash, unknown, True),
+    )
+
+
+def _splash(unknown: int, interpret: bool, q: Array, k: Array, v: Array, key_mask: Array) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    length, n_heads, width = q_BSHD.shape[1:]
+    length, n_heads, width = q.shape[1:]
     # the block that pads least, of those the widest
     padded, negative = min((-(-length // size) * size, -size) for size in (128, 256, 512))
     size, fill = -negative, padded - length
+    mask: Any = masks.FullMask((padded, padded))
     if unknown:
         sees = np.eye(padded, dtype=bool)
         sees[:, unknown:] = True
-        mask: Any = masks.NumpyMask(sees)
-    else:
-        mask = masks.FullMask((padded, padded))
+        mask = masks.NumpyMask(sees)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes: dict[str, Any] = {f"block_{name}": size for name in names}
     attend = kernel.make_splash_mha_single_device(
         masks.MultiHeadMask([mask] * n_heads),
-        block_sizes=kernel.BlockSizes(**{f"block_{name}": size for name in names}),
+        block_sizes=kernel.BlockSizes(**sizes),
         interpret=interpret,
     )
-    q, k, v = (
-        jnp.moveaxis(jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))), 2, 1) for x in (q_BSHD, k_BSHD, v_BSHD)
-    )
     # who shares a segment sees each other; an unknown position sees itself even where it is padding
-    valid = key_mask_BS.at[:, :unknown].set(True).astype(jnp.int32)
+    valid = key_mask.at[:, :unknown].set(True).astype(jnp.int32)
     segments = kernel.SegmentIds(
         q=jnp.ones((len(valid), padded), jnp.int32), kv=jnp.pad(valid, ((0, 0), (0, fill)))
     )
-    out = jax.vmap(attend)(q * width**-0.5, k, v, segments)
-    return jnp.moveaxis(out, 1, 2)[:, :length].astype(v_BSHD.dtype)
+    dtype = v.dtype
+    q, k, v = (
+        jnp.moveaxis(jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))), 2, 1) for x in (q * width**-0.5, k, v)
+    )
+    out = jax.vmap(attend)(q, k, v, segments)
+    return jnp.moveaxis(out, 1, 2)[:, :length].astype(dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,9 @@ from jax import Array
 
 from scjax.nn.attention import Backend, attention
 from scjax.nn.linear import LECUN, LinearGeneral, linear
-from scjax.parallel.layout import rows
+from scjax.parallel.layout import current, rows
 
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["auto", "none", "dots", "full"]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -217,8 +217,9 @@ class Stack(nnx.Module):
 
     Args:
       make_block: builds one block from ``rngs``.
-      remat: what the backward pass keeps of a layer: "none" rematerialises nothing, "full"
-        everything but the layer's input, "dots" keeps the outputs of matrix products with weights.
+      remat: what the backward pass computes anew: "none" nothing, "dots" all but the outputs of products with
+        weights, "full" all of a layer but its input; "auto" what the active layout says, without one "none".
+        Scores of attention are computed anew by every backend but "einsum".
     """
 
     def __init__(
@@ -226,11 +227,11 @@ class Stack(nnx.Module):
         n_layers: int,
         make_block: Callable[[nnx.Rngs], nnx.Module],
         *,
-        remat: Remat = "none",
+        remat: Remat = "auto",
         rngs: nnx.Rngs,
     ):
-        if remat not in ("none", "full", "dots"):
-            raise ValueError(f'remat is "none", "full" or "dots", not {remat!r}')
+        if remat not in get_args(Remat):
+            raise ValueError(f"remat is one of {', '.join(get_args(Remat))}, not {remat!r}")
         self.n_layers, self.remat = n_layers, remat
         self.blocks = nnx.vmap(make_block)(rngs.split(n_layers))
 
@@ -249,10 +250,12 @@ class Stack(nnx.Module):
             x = nnx.merge(graphdef, variables)(rows(x), *context, fold(keys, number), **options)
             return rows(x), None
 
-        if self.remat == "full":
+        layout = current()
+        remat = self.remat if self.remat != "auto" else layout.remat if layout else "none"
+        if remat == "full":
             layer = jax.checkpoint(layer)
-        elif self.remat == "dots":
-            layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        elif remat == "dots":
+            layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names("product"))
         return jax.lax.scan(layer, x, (stacked, jnp.arange(n)))[0]
 
 

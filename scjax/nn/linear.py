@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from scjax.parallel.layout import current, reduced
@@ -81,7 +82,9 @@ def product(
       [..., *out] in the dtype of ``x``.
     """
     layout = current()
-    return _product(x, kernel, bias, n_in, layout.split(kernel.shape, axes) if layout and axes else None)
+    shardings = layout.split(kernel.shape, axes) if layout and axes else None
+    # by this name the remat policy "dots" keeps it, see scjax.nn.layers.Stack
+    return checkpoint_name(_product(x, kernel, bias, n_in, shardings), "product")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
