@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from scjax.train.kernels import kernels_of, scale_by_adafactor, scale_by_muon
 from scjax.train.width import growth
 
 Schedule = Callable[[Any], jax.Array]
+Name = Literal["adamw", "adafactor", "lion", "muon"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class OptimizerConfig:
     """
 
     learning_rate: float
-    name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
+    name: Name = "adamw"
     warmup_steps: int = 0
     schedule: Literal["cosine", "linear", "constant", "wsd", "cosine_restarts"] = "cosine"
     decay_steps: int = 0
@@ -71,6 +72,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ConfigError(f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
+        if self.name not in get_args(Name):
+            raise ConfigError(f"optimizer.name is {self.name!r}; there are {', '.join(get_args(Name))}")
         if self.warmup_steps < 0 or self.weight_decay < 0 or not 0 <= self.end_factor <= 1:
             raise ConfigError(
                 "optimizer: warmup_steps and weight_decay are not negative, end_factor is in [0, 1]"
