@@ -223,13 +223,14 @@ def _grid(read: Mapping[str, Curves], metrics: Sequence[str], kinds: Sequence[st
     figure = blank(3.45 * across if across > 1 else 6.0, 2.5 * down)
     for i, metric in enumerate(metrics):
         axes = figure.add_subplot(down, across, i + 1)
-        ends = []  # lowest and highest of each curve, without how it began and rare jumps
+        ends = []  # lowest and highest of each curve; of a loss without how it began and rare jumps
         for colour, of in zip(PALETTE * 9, read.values(), strict=False):
             for kind in kinds:
                 if kind + metric not in of:
                     continue
                 steps, values = _thin(of[kind + metric])
-                ends.append(np.quantile(values[_begun(len(values)) :], [0, 0.98]))
+                loss = "validation/" in kinds
+                ends.append(np.quantile(values[_begun(len(values)) :], [0, 0.98]) if loss else values)
                 dots = kind in ("validation/", "probe/")
                 look = (
                     {"marker": "o", "ms": 3, "lw": 1.4, "zorder": 3} if dots else {"lw": 0.8, "alpha": 0.75}
@@ -239,7 +240,7 @@ def _grid(read: Mapping[str, Curves], metrics: Sequence[str], kinds: Sequence[st
             if found := next((name for name in nothing if name in of), None):
                 axes.plot(*_thin(of[found]), color=INK, lw=0.9, ls=(0, (4, 3)))
                 ends.append(np.quantile(of[found][1], [0, 0.98]))
-        low, high = np.min(ends), np.max(ends)
+        low, high = min(map(np.min, ends)), max(map(np.max, ends))
         if metric == "grad_norm" and low > 0:
             axes.set_yscale("log")
         elif low >= 0 and high > 0:
