@@ -319,6 +319,12 @@ def test_a_run_that_fails_on_a_pod_is_not_started_for_ever(capsys, tmp_path):
     assert "still ours" in said and not any("delete" in call for call in calls)
 
 
+def test_jax_is_told_to_look_for_the_machines_of_a_pod():
+    from scjax.parallel.processes import _started_by_a_cluster
+
+    assert _started_by_a_cluster({"SCJAX_CLUSTER": "1"}) and not _started_by_a_cluster({})
+
+
 def test_runs_of_a_sweep_share_a_pod(capsys, tmp_path):
     code, calls, _ = pod(capsys, tmp_path, ["0", "0"], "--sweep=config.seed=0,1")
     assert code == 0 and sum("create" in call for call in calls) == 1

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from scjax.config import ConfigError
-from scjax.launch.codes import REQUEUE
+from scjax.launch.codes import LOST, REQUEUE
 
 GRACE = 60.0  # seconds for the processes of a run that leaves in good order to follow the first
 LAST_WORDS = 5.0  # seconds for the survivors of a lost process to say what they saw
@@ -32,7 +32,7 @@ class LocalRun:
         ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``.
       gpus: of each process, dealt in order from ``CUDA_VISIBLE_DEVICES`` or from 0; None: all see all.
       environment: variables beside those of this process.
-      restarts: how often a run that saved itself (exit 75) or of which a process was killed is started again.
+      restarts: how often a run that saved itself (exit 75) or lost a process is started again.
       say: takes lines about what happens.
     """
 
@@ -166,8 +166,12 @@ class LocalRun:
             return "the run saved itself and asks to be started again (exit 75)"
         process = self._running[index]
         name = f"process {index} of {self.processes} (pid {process.pid})" if self.processes > 1 else "the run"
-        killed = f"was killed by {signal.Signals(-process.returncode).name}" if process.returncode < 0 else ""
-        story = f"{name} {killed or f'failed with exit status {code}'}"
+        if process.returncode < 0:
+            story = f"{name} was killed by {signal.Signals(-process.returncode).name}"
+        elif code == LOST:
+            story = f"{name} lost another, which its output names"
+        else:
+            story = f"{name} failed with exit status {code}"
         if stopped:
             story += f"; the other {'process was' if stopped == 1 else f'{stopped} processes were'} stopped"
         output = self.output_of(index)

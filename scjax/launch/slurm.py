@@ -39,10 +39,10 @@ esac
 n=$SLURM_JOB_NUM_NODES
 timeout 60 srun --overlap --nodes="$n" --ntasks="$n" --ntasks-per-node=1 true ||
     requeue "a node does not answer"
-if [ "$code" -gt 128 ]; then # killed: out of memory, a fault of the machine
+if [ "$code" -gt 128 ]; then # killed, or lost to the others: no memory, a fault of the machine
     crashes={directory}/crashes.$SLURM_JOB_ID
     echo "$(date) exit status $code" >>"$crashes"
-    [ "$(wc -l <"$crashes")" -gt {restarts} ] || requeue "a process was killed"
+    [ "$(wc -l <"$crashes")" -gt {restarts} ] || requeue "a process was lost"
 fi
 exit "$code"
 """

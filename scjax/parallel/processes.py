@@ -82,6 +82,7 @@ def _started_by_a_cluster(environ: Mapping[str, str]) -> bool:
         or more_than_one("OMPI_COMM_WORLD_SIZE")
         or ("KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ)
         or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
+        or environ.get("SCJAX_CLUSTER") == "1"  # of `scjax launch tpu`: nothing else there speaks of a pod
     )
 
 
