@@ -25,12 +25,13 @@ from scjax.genes import Vocabulary
 from scjax.launch.capture import capture
 from scjax.launch.codes import REQUEUE
 from scjax.models import build
-from scjax.parallel import Prefetch, distributed_start, layout_for, summary, together
+from scjax.parallel import Prefetch, distributed_start, layout_for, together
 from scjax.train import (
     Checkpoints,
     Meter,
     MetricsLog,
     Probe,
+    Profile,
     RunConfig,
     RunProgress,
     Status,
@@ -116,33 +117,26 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
     run.record(dataclasses.asdict(config))
     capture(run.path)
 
-    steps = config.train.steps
-    progress = RunProgress(steps, step)
-    progress.say(
-        f"{summary(mesh)}; attention {layout.attention}, remat {layout.remat}, {accumulate} micro-batches"
-    )
-    progress.say(
-        f"corpus {corpus.manifest_id}: {len(corpus):,} cells, {len(vocabulary):,} genes; an epoch is "
-        f"{loader.steps_per_epoch:,} batches of {loader.batch_size} cells, padded to {loader.bucket_lengths} "
-        f"genes; {loader.over_read:.2f} cells are decoded for each"
-    )
-    for note in tables.notes:
-        progress.say(f"table {note}")
-    progress.say(
-        f"{config.system}: {count_parameters(model):,} parameters; steps {step:,} to {steps:,} in {run.path}"
-    )
-    if step < steps:  # every length of batch, before the first
-        train_step = compile_ahead(train_step, abstract, loader)
-        eval_step = compile_ahead(eval_step, abstract, validation) if validation else eval_step
-        progress.say(f"training step: {train_step}")
-
     # ---------------------------------------------------------------------------------- loop
-    status, log = Status(run.path, step, steps), MetricsLog(run.path, step)
+    steps, leaving = config.train.steps, False
+    status, progress = Status(run.path, step, steps), RunProgress(steps, step)
+    log = MetricsLog(run.path, step, config.train.wandb)
+    profile = Profile(run.path, config.train.profile, step)
     totals = None if restored is None else restored.totals
     meter = Meter(mesh, began=status.began, productive=log.productive, totals=totals)
     batches = Prefetch(data, mesh)
-    leaving = False
-    with status, closing(checkpoints), closing(log), closing(batches), progress:
+    with status, closing(checkpoints), closing(log), closing(profile), closing(batches), progress:
+        progress.say(f"{layout}, {accumulate} micro-batch(es)")
+        cells = f"corpus {corpus.manifest_id}: {len(corpus):,} cells, {len(vocabulary):,} genes"
+        progress.say(f"{cells}; {loader}")
+        for note in tables.notes:
+            progress.say(f"table {note}")
+        about_steps = f"steps {step:,} to {steps:,} in {run.path}"
+        progress.say(f"{config.system}: {count_parameters(model):,} parameters; {about_steps}")
+        if step < steps:  # every length of batch, before the first
+            train_step = compile_ahead(train_step, abstract, loader)
+            eval_step = compile_ahead(eval_step, abstract, validation) if validation else eval_step
+            progress.say(f"training step: {train_step}")
         if probe is not None and step == 0:
             progress.say(probe.about)
             log.write(step, probe(state))  # where the curves start: what the architecture alone can do
@@ -152,6 +146,7 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
                     batch = next(batches)
                 state, metrics = train_step(state, batch)
                 step += 1
+                profile.after(step, metrics)
                 meter.add(step, metrics)  # reads the step before, while the device is at this one
                 progress.advance(step)
                 status.at(step)

@@ -283,6 +283,12 @@ class Loader:
 
     # ---- what is read
 
+    def __str__(self) -> str:
+        return (
+            f"an epoch is {self.steps_per_epoch:,} batches of {self.batch_size} cells, padded to "
+            f"{self.bucket_lengths} genes; {self.over_read:.2f} cells are decoded for each"
+        )
+
     @functools.cached_property
     def over_read(self) -> float:
         """Cells decoded for each one that is handed out, found from some windows of the first epoch.

@@ -20,7 +20,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from scjax.parallel.hardware import device_of
-from scjax.parallel.mesh import BATCH_AXES
+from scjax.parallel.mesh import BATCH_AXES, summary
 from scjax.parallel.rules import RULES, Rules, partition
 
 _CURRENT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("scjax_layout", default=None)
@@ -50,6 +50,9 @@ class Layout:
     def __post_init__(self) -> None:
         if not self.attention:
             object.__setattr__(self, "attention", device_of(self.mesh.devices.flat[0].device_kind).attention)
+
+    def __str__(self) -> str:
+        return f"{summary(self.mesh)}; attention {self.attention}, remat {self.remat}"
 
     @contextmanager
     def active(self) -> Iterator[None]:

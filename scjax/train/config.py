@@ -77,8 +77,8 @@ class TrainConfig:
       guard: which steps are skipped, and when there are too many of them.
       keep: how many checkpoints stay, the newest.
       keep_every: checkpoints of every so many steps stay besides; None for none.
-      profile: (first, number): steps whose profile is written to ``profile/`` of the run, for XProf or
-        TensorBoard; counted from where the run starts or resumes.
+      profile: (first, number): steps whose profile is written to ``profile/`` of the run, for XProf,
+        TensorBoard or Perfetto.
       wandb: project of Weights & Biases that the metrics go to as well.
       compile_cache: where compiled steps are kept for the next start; None for ``compiled/`` of the run,
         "" for nowhere. The environment's JAX_COMPILATION_CACHE_DIR comes first.
