@@ -51,16 +51,6 @@ def train(system: str, shape: tuple[int, int, int], first: int = 0, state=None, 
 ONE = (1, 1, 1)
 
 
-@pytest.mark.parametrize(
-    "system, shape",
-    [(system, (2, 2, 2)) for system in SYSTEMS] + [("scgpt", (8, 1, 1)), ("scgpt", (2, 4, 1))],
-    ids=str,
-)
-def test_the_mesh_changes_nothing(system, shape):
-    """Dropout and all: the losses of the steps on any layout are those on one device, with one compile."""
-    np.testing.assert_allclose(train(system, shape)[0], train(system, ONE)[0], rtol=1e-5)
-
-
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_resumes_exactly(system, tmp_path):
     """Two steps, a checkpoint, and two more from it are four steps, to the bit: parameters and buffers."""
