@@ -9,6 +9,7 @@ from flax import nnx
 from scjax.nn import Buffer
 from scjax.nn.attention import attention
 from scjax.nn.performer import PerformerBlock, draw_projection, favor, n_features, redraw
+from scjax.parallel import Layout, MeshConfig, batch_sharding, make_mesh
 
 D = 8
 
@@ -81,6 +82,32 @@ class TestFavor:
                     np.testing.assert_allclose(other, out, atol=3e-6)
                     for a, b in zip(others, gradients, strict=True):
                         np.testing.assert_allclose(a, b, atol=3e-5)
+
+    @pytest.mark.parametrize("stabiliser", ["head", "global"])
+    @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+    def test_a_mesh_changes_nothing(self, projection, sizes, stabiliser):
+        q, k, v = qkv(b=8)
+        valid = length_mask(20, 11, 1, 20, 7, 3, 19, 2)
+
+        @jax.jit
+        def run(q, k, v, valid):
+            def total(q, k, v):
+                out = favor(q, k, v, projection, valid, stabiliser=stabiliser)
+                return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum(), out
+
+            return jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+
+        due = run(q, k, v, valid)
+        mesh = make_mesh(MeshConfig(*sizes))
+        rows = batch_sharding(mesh)
+        jax.clear_caches()  # the layout is no argument
+        with Layout(mesh).active():
+            placed = [jax.device_put(x, rows) for x in (q, k, v, valid)]
+            found, text = run(*placed), run.lower(*placed).compile().as_text()
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(due), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+        if sizes == (8, 1, 1):  # each device computes its own cells
+            assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))
 
     @pytest.mark.parametrize("backend", ["einsum", "headwise"])
     def test_against_its_formula_in_numpy(self, projection, backend):

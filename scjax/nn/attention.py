@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -72,27 +72,28 @@ def attention(
         raise ValueError(
             f"attention {backend!r} of {n_cells} cells, which the mesh cuts into {slices} slices"
         )
-    return _on_each_device(compute)(q_BSHD, k_BSHD, v_BSHD, key_mask_BS)
+    return on_each_device(compute, q_BSHD, k_BSHD, v_BSHD, key_mask_BS)
 
 
-def _on_each_device(compute: Callable[..., Array]) -> Callable[..., Array]:
-    """``compute`` of the cells, and where they divide them of the heads, that lie on each device."""
+def on_each_device(compute: Callable[..., Array], *arrays: Array, shared: tuple[Array, ...] = ()) -> Array:
+    """``compute`` of the cells that lie on each device of the active layout, and of their heads where
+    ``tensor`` divides them.
+
+    Args:
+      compute: (q, k, v [B, S, H, D], key mask [B, S], *shared) -> [B, S, H, D].
+      arrays: its first four arguments; the layout's slices divide B.
+      shared: arrays that every device gets whole.
+    """
     layout = current()
     assert layout is not None
-
-    def on_mesh(q: Array, k: Array, v: Array, key_mask: Array) -> Array:
-        heads = "tensor" if q.shape[2] % layout.mesh.shape["tensor"] == 0 else None
-        rows, full = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, heads)
-        seen = jax.sharding.get_abstract_mesh()
-        return jax.shard_map(
-            compute,
-            mesh=layout.mesh if seen.empty else seen,
-            in_specs=(full, full, full, rows),
-            out_specs=full,
-            check_vma=False,
-        )(q, k, v, key_mask)
-
-    return on_mesh
+    heads = "tensor" if arrays[0].shape[2] % layout.mesh.shape["tensor"] == 0 else None
+    rows, full = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, heads)
+    specs = (full, full, full, rows, *(PartitionSpec() for _ in shared))
+    mesh: Any = layout.sharding().mesh
+    # unchecked, since Pallas does not tell what its results vary over
+    return jax.shard_map(compute, mesh=mesh, in_specs=specs, out_specs=full, check_vma=False)(
+        *arrays, *shared
+    )
 
 
 def _cellwise(q_BSHD: Array, k_BSHD: Array, v_BSHD: Array, key_mask_BS: Array, unknown: int = 0) -> Array:

@@ -7,6 +7,7 @@ can be summed before a query meets them. Sequences of all 20,000 genes become af
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -14,9 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from scjax.nn.attention import on_each_device
 from scjax.nn.layers import ACTIVATIONS, Stack, dropout, fold, layer_norm
 from scjax.nn.linear import LinearGeneral, linear
 from scjax.nn.module import Buffer
+from scjax.parallel import current
 
 Stabiliser = Literal["head", "global"]
 PadMask = Literal["keys", "values"]
@@ -56,18 +59,41 @@ def favor(
         depend on its batch.
       mask: what padding is left out of: "keys", both sums over keys; "values", as CellLM was trained,
         the numerator only, so that padding thins out the result.
-      backend: "einsum" computes all cells and heads at once and works on any mesh; "headwise" maps over
-        them, so that a head's features stay in a core's cache; "auto" takes "headwise" on a lone CPU
-        device, where it is about twice as fast, else "einsum".
+      backend: "einsum" computes all cells and heads at once; "headwise" maps over those that lie on each
+        device, so that a head's features stay in a core's cache; "auto" takes "headwise" on CPUs, where it is
+        about twice as fast, else "einsum". Without a layout, where several devices are about, and for a
+        batch that the mesh does not divide it takes "einsum" too.
 
     Returns:
       [B, S, H, D] in the dtype of ``v_BSHD``.
     """
+    layout = current()
     if backend == "auto":
-        # mapping over cells that are spread over devices would gather them on each
-        backend = "headwise" if jax.default_backend() == "cpu" and jax.device_count() == 1 else "einsum"
+        placed = jax.device_count() == 1 if layout is None else len(q_BSHD) % layout.slices == 0
+        backend = "headwise" if jax.default_backend() == "cpu" and placed else "einsum"
     if backend not in ("einsum", "headwise"):
         raise ValueError(f'backend is "auto", "einsum" or "headwise", not {backend!r}')
+    compute = partial(_cells, stabiliser=stabiliser, mask=mask, mapped=backend == "headwise")
+    if backend == "einsum" or layout is None or layout.mesh.size == 1:
+        return compute(q_BSHD, k_BSHD, v_BSHD, key_mask_BS, projection_MD)
+    compute = partial(compute, spread=layout.mesh.axis_names)
+    key_mask_BS = jnp.ones(k_BSHD.shape[:2], bool) if key_mask_BS is None else key_mask_BS
+    return on_each_device(compute, q_BSHD, k_BSHD, v_BSHD, key_mask_BS, shared=(projection_MD,))
+
+
+def _cells(
+    q_BSHD: Array,
+    k_BSHD: Array,
+    v_BSHD: Array,
+    key_mask_BS: Array | None,
+    projection_MD: Array,
+    *,
+    stabiliser: Stabiliser,
+    mask: PadMask,
+    mapped: bool,
+    spread: tuple[str, ...] = (),
+) -> Array:
+    """:func:`favor` of all cells, or of a device's where the batch is ``spread`` over these mesh axes."""
     scale = q_BSHD.shape[-1] ** -0.25
     q, k = (jnp.moveaxis(x, 2, 1).astype(jnp.float32) * scale for x in (q_BSHD, k_BSHD))  # B H S D
     v = jnp.moveaxis(v_BSHD, 2, 1).astype(jnp.float32)
@@ -78,23 +104,24 @@ def favor(
 
     top = None
     if stabiliser == "global":
-        if backend == "einsum":
-            top = _products(k, projection_MD).max()
-        else:
+        if mapped:
             top = jax.lax.map(lambda k: _products(k, projection_MD).max(), k.reshape(-1, *k.shape[2:])).max()
+        else:
+            top = _products(k, projection_MD).max()
         top = jax.lax.stop_gradient(top)
+        top = jax.lax.pmax(top, spread) if spread else top
 
     @jax.checkpoint
     def heads(q: Array, k: Array, v: Array, counted: Array) -> Array:
         return _favor(q, k, v, counted, projection_MD, top)
 
-    if backend == "einsum":
-        out = heads(q, k, v, counted[:, None])
-    else:
+    if mapped:
         # one loop over cells, one over heads: a single one would need the mask once for each head
         out = jax.lax.map(
             lambda cell: jax.lax.map(lambda head: heads(*head, cell[3]), cell[:3]), (q, k, v, counted)
         )
+    else:
+        out = heads(q, k, v, counted[:, None])
     return jnp.moveaxis(out, 1, 2).astype(v_BSHD.dtype)
 
 
