@@ -26,6 +26,19 @@ def build_corpus(path: pathlib.Path, seed: int = 0) -> pathlib.Path:
     return path
 
 
+def environment(cache: pathlib.Path, devices: int) -> dict[str, str]:
+    """Variables of a process with so many virtual devices and a cache of compiled functions."""
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT / "tests"),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
 def start(
     config: str,
     workdir: pathlib.Path,
@@ -47,19 +60,11 @@ def start(
       script: what to run.
       **overrides: config fields, with "__" for ".".
     """
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(ROOT / "tests"),
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    variables = environment(cache, devices)
     index = 0
     if process is not None:
         index, count, port = process
-        environment |= {
+        variables |= {
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
             "JAX_NUM_PROCESSES": str(count),
             "JAX_PROCESS_ID": str(index),
@@ -67,7 +72,7 @@ def start(
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in overrides.items()]
     command = [sys.executable, *WARNINGS, str(script), f"--config={config}", f"--workdir={workdir}", *flags]
     with output_of(workdir, index).open("w") as output:
-        return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, env=variables, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
 
 
 def output_of(workdir: pathlib.Path, process: int = 0) -> pathlib.Path:

@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
             "log_every": 1,
             "eval_every": 8,
             "checkpoint_every": 6,
+            "keep": 3,
         }
     )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
