@@ -54,7 +54,7 @@ def test_an_experiment_is_its_script_and_flags(experiment):
         (WORDS[:2], ConfigError, "has no --workdir"),
         ([WORDS[0], "--config=configs/scgtp.py:smoke", WORDS[2]], FileNotFoundError, "'configs/scgpt.py'"),
         ([*WORDS, "--config.train.step=5"], ConfigError, "train.step; did you mean 'config.train.steps'"),
-        ([*WORDS, "--config.train.keep=5"], ConfigError, "must be written into the file"),
+        ([*WORDS, "--config.validation.probe_group=x"], ConfigError, "must be written into the file"),
         ([*WORDS, "--config.train.steps=many"], ConfigError, "--config.train.steps=many: .*invalid"),
     ],
 )  # fmt: skip

@@ -126,6 +126,12 @@ def until(happened: Callable[[], Any], about: Callable[[], str] = lambda: "") ->
     return found
 
 
+def ended(job: str) -> str:
+    """How a job ended."""
+    until(lambda: state(job, "JobState") not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"))
+    return state(job, "JobState")
+
+
 def metrics(workdir: Path) -> list[dict[str, float]]:
     """Without what depends on the clock."""
     lines = runs.metrics(workdir)
@@ -166,7 +172,7 @@ def test_a_run_outlives_its_nodes(slurm, submit, place, undisturbed, node):
     saved = checkpoint_steps(workdir / "checkpoints")[-1]
     assert at - EVERY <= saved <= at
     slurm("start")
-    until(lambda: state(job, "JobState") == "COMPLETED", lambda: story(workdir))
+    assert ended(job) == "COMPLETED", story(workdir)
     assert state(job, "Restarts") == "1", story(workdir)
     assert f"steps {saved} to {STEPS}" in output(workdir)
     assert metrics(workdir) == undisturbed
@@ -182,19 +188,18 @@ def test_a_run_that_is_told_to_leave_loses_nothing(submit, place, undisturbed):
     until(lambda: state(job, "Restarts") == "1", lambda: story(workdir))
     at = reached(workdir)
     assert checkpoint_steps(workdir / "checkpoints")[-1] == at < STEPS
-    until(lambda: state(job, "JobState") == "COMPLETED", lambda: story(workdir))
+    assert ended(job) == "COMPLETED", story(workdir)
     assert "the run saved itself (exit status 75)" in output(workdir)
     assert f"steps {at} to {STEPS}" in output(workdir)
     assert metrics(workdir) == undisturbed
 
 
 def test_a_sweep_is_a_job_array(submit, place):
-    experiment = flags(place, place / "sweep", "--config.train.steps=3", "--config.mesh.data=1")
+    experiment = flags(place, place / "sweep", "--config.train.steps=5", "--config.mesh.data=1")
     job = submit("--sweep=config.seed=0,1", "--env=XLA_FLAGS=", experiment=experiment)
-    ended = [f"{job}_{i}" for i in range(2)]
-    until(lambda: all(state(one, "JobState") == "COMPLETED" for one in ended), lambda: story(place / "sweep"))
+    assert [ended(f"{job}_{i}") for i in range(2)] == 2 * ["COMPLETED"], story(place / "sweep")
     first, second = (metrics(place / "sweep" / f"seed={seed}") for seed in range(2))
-    assert len(first) == len(second) == 4 and first != second
+    assert len(first) == len(second) == 6 and first != second
 
 
 # ------------------------------------------------- what a run can do, by scripts that do it at once
@@ -220,17 +225,26 @@ def test_a_job_that_is_cancelled_stays_cancelled(submit, tmp_path):
     assert state(job, "JobState") == "CANCELLED" and state(job, "Restarts") == "0"
 
 
+def test_a_run_is_told_ahead_of_its_time_limit(submit, tmp_path):
+    """And goes back to the queue for as long again."""
+    leaves = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\nif start == 0: time.sleep(600)"
+    job = submit("--time=1", "--notice=50", experiment=dummy(tmp_path, leaves))
+    assert ended(job) == "COMPLETED", story(tmp_path / "a run")
+    assert state(job, "Restarts") == "1"
+    assert "the run saved itself (exit status 75)" in output(tmp_path / "a run")
+
+
 def test_a_run_that_crashes_is_started_again_so_many_times(submit, tmp_path):
     crashes = "if os.environ['SLURM_PROCID'] == '1': os.kill(os.getpid(), signal.SIGKILL)\nsys.exit(1)"
     job = submit("--nodes=2", "--restarts=1", experiment=dummy(tmp_path, crashes))
-    until(lambda: state(job, "JobState") == "FAILED", lambda: story(tmp_path / "a run"))
+    assert ended(job) == "FAILED", story(tmp_path / "a run")
     assert state(job, "Restarts") == "1" and state(job, "ExitCode") == f"{128 + signal.SIGKILL}:0"
     assert "start 1 of task 1" in output(tmp_path / "a run")
 
 
 def test_an_error_ends_the_job(submit, tmp_path):
     job = submit("--nodes=2", experiment=dummy(tmp_path, "sys.exit(3)"))
-    until(lambda: state(job, "JobState") == "FAILED", lambda: story(tmp_path / "a run"))
+    assert ended(job) == "FAILED", story(tmp_path / "a run")
     assert state(job, "Restarts") == "0" and state(job, "ExitCode") == "3:0"
 
 
