@@ -120,7 +120,8 @@ class _Watch:
         self._client.wait_at_barrier("scjax:names", 300_000)
         self._names = {_number(key): name for key, name in self._client.key_value_dir_get(_NAMES)}
         self._name = self._names[self._index]
-        self._watched = [i for i in range(count) if i != 0] if self._index == 0 else [0]
+        watched = range(1, count) if self._index == 0 else [0]
+        self._missed = dict.fromkeys(watched, 0)  # signs of life that did not come, in a row
         if self._index != 0:
             _last_words(
                 f"{self._name} is aborted. Where the lines above tell of the leader, or of the coordination "
@@ -133,7 +134,7 @@ class _Watch:
     def fail(self, error: BaseException) -> NoReturn:
         """Ends the run because of an error in this process."""
         if _collective(error):
-            time.sleep(TICK * (MISSED + 3))  # the watch ends this process once it knows whose fault it is
+            time.sleep(HEARTBEAT)  # before that, the watch ends this process if another one was lost
         self._done.set()
         if isinstance(error, SystemExit):
             told = str(error.code)
@@ -144,17 +145,19 @@ class _Watch:
         self._end(f"{self._name} has failed: {told[:1000]}", 1)
 
     def _run(self) -> None:
-        tick, missed, last = 0, dict.fromkeys(self._watched, 0), dict[int, str]()
+        tick, last = 0, dict[int, str]()
         while not self._done.wait(TICK):
             try:
                 signs = self._signs()
-                for i, sign in signs.items():
+                for sign in signs.values():
                     if sign.startswith(_FAILED):
                         code, _, what = sign.removeprefix(_FAILED).partition(" ")
                         self._end(what, int(code))
-                    missed[i] = -1 if sign != last.get(i) or sign == _LEFT else missed[i]
-                missed, last = {i: ticks + 1 for i, ticks in missed.items()}, signs
-                lost = [self._names[i] for i, ticks in missed.items() if ticks >= MISSED]
+                for i, missed in self._missed.items():
+                    alive = i in signs and (signs[i] != last.get(i) or signs[i] == _LEFT)
+                    self._missed[i] = 0 if alive else missed + 1
+                last = signs
+                lost = [self._names[i] for i, missed in self._missed.items() if missed >= MISSED]
                 if lost:
                     what = "gave no sign of life for {:.0f} s: killed, stuck or out of reach"
                     self._end(f"{', '.join(lost)} {what.format(TICK * MISSED)}", LOST)
@@ -168,7 +171,7 @@ class _Watch:
         """The last signs of the processes watched, as far as they can be had."""
         if self._index == 0:
             found = {_number(key): sign for key, sign in self._client.key_value_dir_get(_SIGNS)}
-            return {i: found[i] for i in self._watched}
+            return {i: found[i] for i in self._missed}
         try:
             return {0: self._client.blocking_key_value_get(f"{_SIGNS}0", int(1000 * TICK / 4))}
         except jax.errors.JaxRuntimeError:
@@ -187,7 +190,8 @@ class _Watch:
             self._sign(f"{_FAILED}{code} {what}")
         until = time.monotonic() + 2 * TICK
         while self._index == 0 and time.monotonic() < until:  # with it goes the store in which they read
-            if all(sign.startswith((_FAILED, _LEFT)) for sign in self._signs().values()):
+            alive = [sign for i, sign in self._signs().items() if self._missed[i] < MISSED]
+            if all(sign.startswith((_FAILED, _LEFT)) for sign in alive):
                 break
             time.sleep(TICK / 20)
         os._exit(code)
