@@ -43,7 +43,7 @@ from scjax.config import from_config
 from scjax.genes import Vocabulary
 from scjax.nn import bind
 from scjax.nn.work import FORMULA, work_of
-from scjax.parallel import MeshConfig, make_mesh, place
+from scjax.parallel import MeshConfig, device_of, make_mesh, place
 from scjax.train import OptimizerConfig, abstract_state, init_state, make_optimizer, make_train_step
 from scjax.types import CellBatch
 
@@ -91,7 +91,6 @@ ROWS: dict[str, tuple[str, int, dict[str, tuple[int, dict[str, Any]]]]] = {
     ),
 }  # fmt: skip
 NO_ORIGINAL = {"scgpt-generative": "the class for pretraining is not in scGPT's package"}
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 operations a second, without sparsity
 Step = Callable[[], float]
 
 
@@ -210,8 +209,7 @@ def race(row: str, args: argparse.Namespace) -> dict[str, Any]:
     if system == "scfoundation":
         line["decoder_layers"], line["decoder_tokens"] = config.decoder_n_layers, n_genes + 2
     if args.device == "gpu":
-        name = jax.devices()[0].device_kind
-        peak = next((p for key, p in PEAK.items() if key in name), None)
+        peak = device_of(jax.devices()[0].device_kind).peak_bf16
         if peak:
             line["mfu"] = {kind: round(useful / (t * peak), 3) for kind, t in middle.items()}
     return line
@@ -250,13 +248,17 @@ def table(lines: list[dict[str, Any]], args: argparse.Namespace) -> Table:
     return out
 
 
+def versions() -> str:
+    """Of the packages that are raced."""
+    found = []
+    for name in ("jax", "torch", "transformers", "performer-pytorch", "scgpt"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(found)
+
+
 def markdown(lines: list[dict[str, Any]], args: argparse.Namespace, command: str) -> str:
     """The page of a run: command, versions, table, what the contestants are."""
-    packages = ("jax", "torch", "transformers", "performer-pytorch", "scgpt")
-    versions = []
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions.append(f"{name} {importlib.metadata.version(name)}")
     out = table(lines, args)
     cells = [list(column.cells) for column in out.columns]
     rows = ["| " + " | ".join(map(str, row)) + " |" for row in zip(*cells, strict=True)]
@@ -269,7 +271,7 @@ def markdown(lines: list[dict[str, Any]], args: argparse.Namespace, command: str
             "",
             f"    {command}",
             "",
-            f"{platform.machine()}, {threads}; Python {platform.python_version()}, {', '.join(versions)}; "
+            f"{platform.machine()}, {threads}; Python {platform.python_version()}, {versions()}; "
             f"{args.rounds} rounds. Absolute rates are of one machine: read ratios.",
             "",
             heads,

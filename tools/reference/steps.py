@@ -166,7 +166,7 @@ def contestant(
     """The training step of one system.
 
     Args:
-      kind: "tuned" or "original".
+      kind: "tuned", "original", or "flash": tuned, with PyTorch's FlashAttention and without a mask.
       system: its name in :data:`scjax.models.SYSTEMS`.
       config: of scjax's model.
       n_genes: size of the vocabulary.
@@ -182,11 +182,10 @@ def contestant(
             tensor = torch.from_numpy(np.array(array))
             found[name] = (tensor.long() if tensor.dtype == torch.int32 else tensor).to(device)
     found["dtype"] = torch.bfloat16 if bfloat16 else torch.float32
-    module, loss = getattr({"tuned": Tuned, "original": Original}[kind], system)(
-        config, n_genes, found, device
-    )
+    found["flash"] = kind == "flash"
+    module, loss = getattr(Original if kind == "original" else Tuned, system)(config, n_genes, found, device)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-4, fused=kind == "tuned" or None)
+    optimiser = torch.optim.AdamW(parameters, lr=1e-4, fused=kind != "original" or None)
     run = torch.compile(loss) if compiled else loss
     cast: Any = torch.autocast(device, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Run = Callable[[nn.Module], torch.Tensor]
 EPSILON = 1e-4  # of FAVOR+'s features
@@ -61,10 +62,12 @@ class Layer(nn.Module):
 
 
 def softmax_attention(
-    valid: torch.Tensor, dtype: torch.dtype, unknown: int = 0
+    valid: torch.Tensor, dtype: torch.dtype, unknown: int = 0, flash: bool = False
 ) -> Callable[..., torch.Tensor]:
     """Fused attention under a mask that is made once a batch. Unknown positions see the
-    known and themselves."""
+    known and themselves. ``flash``: the kernel of FlashAttention, which knows no mask; all see all."""
+    if flash:
+        return flash_attention
     bias = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill_(~valid, -1e30)[
         :, None, None
     ]
@@ -80,6 +83,11 @@ def softmax_attention(
         return torch.cat([first, F.scaled_dot_product_attention(q, k, v, attn_mask=known)], 2)
 
     return attention
+
+
+def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 def performer_attention(valid: torch.Tensor | None) -> Callable[..., torch.Tensor]:
@@ -144,7 +152,7 @@ class Tuned:
         ]
         own = slice(0, room) if generative else slice(1, room + 1)
         wanted, target = t["hidden"][:, :room], t["target"][:, :room][t["hidden"][:, :room]]
-        attention = softmax_attention(gene_id >= 0, t["dtype"], unknown)
+        attention = softmax_attention(gene_id >= 0, t["dtype"], unknown, t["flash"])
         gene_id = torch.where(gene_id < 0, n, gene_id)
         m = nn.ModuleDict(
             {
@@ -190,7 +198,7 @@ class Tuned:
         d, size = c.d_model, n + (4 if c.specials else 2)
         cell, slot = torch.nonzero(t["hidden"], as_tuple=True)
         place, target = t["position"][cell, slot], t["target"][cell, slot]
-        attention = softmax_attention(t["real"], t["dtype"])
+        attention = softmax_attention(t["real"], t["dtype"], flash=t["flash"])
         options: dict[str, Any] = {"rates": (c.dropout, 0.0), "eps": 1e-12}
         m = nn.ModuleDict(
             {
@@ -302,7 +310,8 @@ class Tuned:
         place = places[cell, slot]
         asked, hidden = torch.nonzero(direct[:, : t["target"].shape[1]], as_tuple=True)
         site, target = t["direct_id"][asked, hidden], t["target"][asked, hidden]
-        attention, linear_attention = softmax_attention(valid, t["dtype"]), performer_attention(None)
+        attention = softmax_attention(valid, t["dtype"], flash=t["flash"])
+        linear_attention = performer_attention(None)
 
         def embed(m: Any, number: torch.Tensor) -> torch.Tensor:
             a = F.leaky_relu(m["up"](number[..., None]), 0.1)
