@@ -75,7 +75,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train = ConfigDict(
         {
             "steps": steps,
-            "accumulate": 0,
+            "accumulate": 0,  # as many micro-batches as the devices need
             "log_every": 100,
             "eval_every": 5_000,
             "checkpoint_every": 5_000,

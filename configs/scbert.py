@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "d_ff": 800,
             "dropout": 0.0,
             "gene_table": {"kind": "frozen"},
-            "redraw_every": 1000,
+            "redraw_every": 17,  # steps; upstream counts its 60 micro-batches a step: 1,000
             "mask_fraction": 0.15,
             "replace_fraction": 0.9,
             "pool": "mean",
@@ -70,7 +70,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train = ConfigDict(
         {
             "steps": 100 * epoch,
-            "accumulate": accumulate,
+            "accumulate": 0,  # as many micro-batches as the devices need
             "log_every": 10,
             "eval_every": epoch,
             "checkpoint_every": epoch,
@@ -82,7 +82,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 0, "tensor": 0})  # 0: as the hardware table says
     if arg == "smoke":
         config.model.update(d_model=32, n_heads=2, d_head=16, n_layers=2, d_ff=64)
-        config.model.update(remat="none", dtype="float32")
+        config.model.update(redraw_every=1000, remat="none", dtype="float32")
         config.model.gene_table.kind = "random"
         config.data.update(corpus="runs/pbmc/corpus", genes="runs/pbmc/genes.tsv", batch_size=16, n_buckets=1)
         config.validation.update(batch_size=32, max_batches=4)

@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "decoder_n_layers": 6,
             "decoder_d_ff": 2048,
             "stabiliser": "head",
-            "redraw_every": 1000,
+            "redraw_every": 125,  # steps; upstream counts its 8 micro-batches a step: 1,000
             "n_bins": 100,
             "mask_fraction": 0.3,
             "zero_mask_fraction": 0.03,
@@ -74,7 +74,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train = ConfigDict(
         {
             "steps": 36_000,
-            "accumulate": 8,
+            "accumulate": 0,  # as many micro-batches as the devices need
             "log_every": 100,
             "eval_every": 1_000,
             "checkpoint_every": 1_000,
@@ -96,6 +96,7 @@ def get_config(arg: str = "") -> ConfigDict:
             decoder_d_head=16,
             decoder_n_layers=1,
             decoder_d_ff=64,
+            redraw_every=1000,
             remat="none",
             dtype="float32",
         )

@@ -66,7 +66,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train = ConfigDict(
         {
             "steps": steps,
-            "accumulate": 1,
+            "accumulate": 0,  # as many micro-batches as the devices need
             "log_every": 100,
             "eval_every": 5_000,
             "checkpoint_every": 5_000,
@@ -94,5 +94,5 @@ def get_config(arg: str = "") -> ConfigDict:
         config.data.update(corpus="runs/pbmc/corpus", genes="runs/pbmc/genes.tsv", batch_size=64)
         config.validation.update(batch_size=64, max_batches=2)
         config.optimizer.update(learning_rate=3e-3, warmup_steps=30, b2=0.99)
-        config.train.update(steps=400, log_every=20, eval_every=100, checkpoint_every=200)
+        config.train.update(steps=400, accumulate=1, log_every=20, eval_every=100, checkpoint_every=200)
     return config

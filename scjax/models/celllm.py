@@ -66,7 +66,7 @@ class CellLMConfig:
         first in the vocabulary ("index"), as published.
       stabiliser, pad_mask: see :func:`scjax.nn.performer.favor`; "global" and "values" as published. With
         "values" padding counts, so that cells are padded to ``max_length``, as published.
-      redraw_every: training calls (micro-batches) after which the random projections are drawn anew; 0 for
+      redraw_every: training steps after which the random projections are drawn anew; 0 for
         never.
       mask_fraction: share of a cell's tokens that are not 0 to hide, rounded up (inferred: scBERT's).
       replace_fraction: share of the hidden tokens that are shown as PAD; the others as they are (inferred:

@@ -40,7 +40,7 @@ class ScBERTConfig:
       gene_table: see :class:`scjax.nn.embedder.GeneTable`; "frozen" (gene2vec, 200 wide) as published. The
         token that stands for the cell has the vector 0 there.
       stabiliser: see :func:`scjax.nn.performer.favor`; "global" as published.
-      redraw_every: training calls (micro-batches) after which the random projections are drawn anew; 0 for
+      redraw_every: training steps after which the random projections are drawn anew; 0 for
         never.
       mask_fraction: share of a cell's tokens that are not 0 to hide, rounded up.
       replace_fraction: share of the hidden tokens that are shown as MASK; the others as they are.

@@ -55,7 +55,7 @@ class ScFoundationConfig:
         shown to the decoder alone.
       decoder_d_model, decoder_n_heads, decoder_d_head, decoder_n_layers, decoder_d_ff: the Performer.
       stabiliser: see :func:`scjax.nn.performer.favor`; "global" as published.
-      redraw_every: training calls (micro-batches) after which the Performer's projections are drawn
+      redraw_every: training steps after which the Performer's projections are drawn
         anew; 0 for never.
       n_bins, bin_alpha: of the value embedding, see :class:`scjax.nn.soft_bins.SoftBins`.
       gene_table: see :class:`scjax.nn.embedder.GeneTable`.
@@ -213,7 +213,7 @@ class ScFoundation(nnx.Module):
         self.to_value = linear(width, 1, ("embed", None), kernel_init=nnx.initializers.zeros, rngs=rngs)
         if c.n_outputs:
             self.head = PooledHead(d, 256, c.n_outputs, rngs=rngs)
-        self.calls = Buffer(jnp.zeros((), jnp.int32))  # of the training loss: micro-batches seen
+        self.calls = Buffer(jnp.zeros((), jnp.int32))  # of the training loss: steps done
         self.gene_mean = GeneMean(n_genes)  # of a gene where it was hidden
 
     @staticmethod

@@ -68,7 +68,7 @@ class ScGPTConfig:
       mask_fractions: share of a cell's genes that is unknown. "generative" draws one for all cells of a
         step (evaluation takes the middle one), "masked" one for each cell.
       project_unknown: unknown genes' attention passes the output projection too; not so as published.
-      second_pass_after: training calls of the loss before the second pass begins; 0 leaves it out.
+      second_pass_after: training steps before the second pass begins; 0 leaves it out.
       mvc_weight: weight of the gene-prompt objective; 0 leaves it out.
       zero_probability: predict also whether a gene is expressed; needs ``zeros``.
       n_batches: number of classes of the label ``batch_label``, for the four fields that follow.

@@ -166,7 +166,7 @@ def redraw(projection_LMD: Array, key: Array, calls: Array, every: int) -> Array
     Args:
       projection_LMD: float32 [layers, M, D].
       key: of the model; the draw is a function of it and of how often was drawn before.
-      calls: int32, training calls so far.
+      calls: int32, training steps so far.
       every: calls between two draws.
     """
     if not every:

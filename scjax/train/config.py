@@ -67,8 +67,7 @@ class TrainConfig:
     Attributes:
       steps: of the whole run.
       accumulate: micro-batches that a batch is cut into; 0 for as many as the hardware needs (see
-        :func:`scjax.parallel.accumulate_for`). Of systems that count their calls (scGPT's second pass,
-        redrawn Performer projections) it moves when these set in.
+        :func:`scjax.parallel.accumulate_for`).
       log_every: steps averaged into one line of metrics; the last step, a validation and a checkpoint end
         a line too.
       eval_every, checkpoint_every: None for only at the end.

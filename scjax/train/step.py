@@ -79,6 +79,12 @@ def _loss_metric(sums: Sums, weights: Sums) -> tuple[jax.Array, jax.Array]:
     return _objective(sums, weights), jnp.ones(())
 
 
+def _as_at_the_start(now: jax.Array, start: jax.Array) -> jax.Array:
+    """A counter among the buffers counts steps: every micro-batch finds it as the step did. What else there
+    is (running means) is handed from one micro-batch to the next."""
+    return start if now.ndim == 0 and jnp.issubdtype(now.dtype, jnp.integer) else now
+
+
 def make_train_step(
     model: Abstract,
     tx: optax.GradientTransformation,
@@ -155,17 +161,18 @@ def make_train_step(
             whole = jax.tree.map(lambda x: x.sum(0), each)
 
         def add(carry: Any, micro: CellBatch) -> tuple[Any, None]:
-            buffers, totals = carry
-            grads, (sums, weights, buffers, metrics) = gradient(params, buffers, micro, key, whole)
-            return (buffers, jax.tree.map(jnp.add, totals, (grads, sums, weights, metrics))), None
+            now, totals = carry
+            now = jax.tree.map(_as_at_the_start, now, buffers)
+            grads, (sums, weights, now, metrics) = gradient(params, now, micro, key, whole)
+            return (now, jax.tree.map(jnp.add, totals, (grads, sums, weights, metrics))), None
 
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), (like[0], like[1][0], like[1][1], like[1][3])
         )
-        (buffers, (grads, sums, weights, metrics)), _ = jax.lax.scan(add, (buffers, zeros), cuts)
+        (now, (grads, sums, weights, metrics)), _ = jax.lax.scan(add, (buffers, zeros), cuts)
         for name in WORK:
             metrics[name] = (metrics[name][0], jnp.ones(()))
-        return grads, (sums, weights, buffers, metrics)
+        return grads, (sums, weights, now, metrics)
 
     def update(grads: Any, opt: Any, params: Any) -> tuple[Any, Any]:
         updates, opt = tx.update(grads, unpack(tx, params, opt), params)
