@@ -5,6 +5,7 @@ import json
 import bench_train
 import numpy as np
 import pytest
+import roofline
 
 
 def test_a_row_of_the_table(capsys, tmp_path):
@@ -38,3 +39,12 @@ def test_what_it_does_not_know_is_refused(capsys):
         with pytest.raises(SystemExit):
             bench_train.main(options)
         assert message in capsys.readouterr().err
+
+
+def test_a_prediction_is_below_the_peak_and_follows_the_hardware():
+    h200, h100 = (roofline.predict("geneformer-104m-2048", kind) for kind in ("H200", "H100"))
+    assert h200["products"] == pytest.approx(h100["products"], rel=1e-3)  # of one peak
+    assert h100["memory"] == pytest.approx(h200["memory"] * 4.8 / 3.35)
+    assert 0 < h100["mfu"] < h200["mfu"] < roofline.PRODUCTS
+    for shape in bench_train.SHAPES:
+        assert roofline.predict(shape, "H200")["mfu"] < 1
