@@ -17,7 +17,9 @@ mark='# scjax: Slurm of two nodes'
 export SLURM_CONF=$dir/slurm.conf PATH=$PATH:/usr/sbin:/sbin
 
 install_packages() {
-    command -v slurmctld slurmd munged sbatch srun >/dev/null && return
+    [ "$(id -u)" = 0 ] || { echo "slurm_two_nodes: needs root" >&2; return 1; }
+    type -P slurmctld slurmd munged sbatch srun >/dev/null && return
+    type -P apt-get >/dev/null || { echo "slurm_two_nodes: no Slurm here, and no apt-get to install it" >&2; return 1; }
     export DEBIAN_FRONTEND=noninteractive
     apt-get install -y -q --no-install-recommends munge slurm-wlm >&2 ||
         { apt-get update -q >&2 && apt-get install -y -q --no-install-recommends munge slurm-wlm >&2; }
@@ -98,7 +100,7 @@ tasks_of() { # the processes of jobs on a node, and the slurmstepd above each
     for file in /proc/[0-9]*/environ; do
         pid=${file//[!0-9]/}
         grep -qzxF "SLURMD_NODENAME=$1" "$file" 2>/dev/null || continue
-        parent=$(awk '{print $4}' <(sed 's/.*) /x x /' "/proc/$pid/stat" 2>/dev/null))
+        parent=$(awk '/^PPid:/ {print $2}' "/proc/$pid/status" 2>/dev/null) || continue
         echo "$pid"
         [ "$(cat "/proc/$parent/comm" 2>/dev/null)" = slurmstepd ] && echo "$parent"
     done | sort -un
