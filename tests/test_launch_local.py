@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import runs
 
 from scjax.launch import REQUEUE
 from scjax.launch.local import LocalRun
@@ -59,16 +62,58 @@ def starts(workdir):
     return sorted(p.name for p in workdir.iterdir() if p.is_file())
 
 
-def nobody_is_left(script):
-    """No process runs the script."""
-    running = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/cmdline", "rb") as file:
-                running.append(os.fsencode(script) in file.read())
-        except OSError:
-            continue
-    return not any(running)
+def about(pid, what):
+    """A file of /proc; empty for a process that is gone."""
+    try:
+        return Path(f"/proc/{pid}/{what}").read_bytes()
+    except OSError:
+        return b""
+
+
+def processes_of(word):
+    """The processes that have a word on their command lines."""
+    pids = map(int, filter(str.isdigit, os.listdir("/proc")))
+    return [pid for pid in pids if os.fsencode(word) in about(pid, "cmdline")]
+
+
+def until(happened):
+    end = time.monotonic() + 240
+    while True:
+        with contextlib.suppress(OSError, ValueError, IndexError):  # not yet, or half written
+            if happened():
+                return
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+# ------------------------------------------------------------------- real runs of two processes
+def real(corpus, cache, workdir):
+    variables = {
+        "PYTHONPATH": str(runs.ROOT / "tests"),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+    }
+    return [
+        *[sys.executable, "-m", "scjax.cli.main", "launch", "local", "--processes=2"],
+        *[f"--env={name}={value}" for name, value in variables.items()],
+        *["--", "experiments/pretrain.py", "--config=tests/tiny_config.py", f"--workdir={workdir}"],
+        *[f"--config.data.corpus={corpus}", "--config.train.steps=80", "--config.train.checkpoint_every=25"],
+    ]
+
+
+def stripped(workdir):
+    """The metrics without what depends on the clock."""
+    lines = runs.metrics(workdir)
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "throughput/"))} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    place = tmp_path_factory.mktemp("undisturbed")
+    corpus = runs.build_corpus(place / "corpus")
+    command = real(corpus, place / "cache", place / "run")
+    subprocess.run(command, cwd=runs.ROOT, check=True, timeout=300)
+    return corpus, place / "cache", stripped(place / "run")
 
 
 def test_processes_of_one_run_know_each_other(script, tmp_path):
@@ -98,7 +143,7 @@ def test_one_that_is_killed_takes_the_others_down_and_is_named(script, tmp_path,
     assert (
         f"process {lost} of 3" in said and "was killed by SIGKILL; the other 2 processes were stopped" in said
     )
-    assert (f"process {lost} start 0" in said) and nobody_is_left(script)
+    assert (f"process {lost} start 0" in said) and not processes_of(script)
 
 
 def test_an_error_is_not_started_again_and_shows_its_output(script, tmp_path):
@@ -135,7 +180,7 @@ def test_a_launcher_that_is_told_to_stop_lets_the_run_save_itself(script, tmp_pa
     finally:
         launcher.kill()
     assert launcher.returncode == REQUEUE and "saved itself" in said
-    assert starts(tmp_path / "run") == ["0.0", "1.0"] and nobody_is_left(script)
+    assert starts(tmp_path / "run") == ["0.0", "1.0"] and not processes_of(script)
 
 
 def test_runs_of_a_sweep_go_one_after_another(tmp_path, script):
@@ -153,6 +198,31 @@ def test_runs_of_a_sweep_go_one_after_another(tmp_path, script):
     for seed in range(3):
         workdir = tmp_path / "runs" / f"seed={seed}"
         assert (workdir / "argv").read_text() == f"--config.seed={seed} --workdir={workdir}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_a_real_run_is_started_again_and_ends_as_if_nothing_had_happened(tmp_path, name, undisturbed):
+    """One of its two processes is told to leave, or killed, in the middle."""
+    corpus, cache, metrics = undisturbed
+    workdir = tmp_path / "run"
+    launcher = subprocess.Popen(
+        real(corpus, cache, workdir), cwd=runs.ROOT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        until(lambda: runs.metrics(workdir)[-1]["step"] > 40)
+        [worker] = [
+            pid for pid in processes_of(str(workdir)) if b"JAX_PROCESS_ID=1\0" in about(pid, "environ")
+        ]
+        os.kill(worker, signal.Signals[name])
+        said = launcher.communicate(timeout=300)[1]
+    finally:
+        launcher.terminate()
+        launcher.wait(timeout=60)
+    assert launcher.returncode == 0, said
+    assert "started again (1 of at most 3)" in said
+    assert "process 1 of 2" in said if name == "SIGKILL" else "saved itself" in said
+    assert stripped(workdir) == metrics
 
 
 def test_gpus_that_are_not_there_are_told(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -18,7 +19,9 @@ from scjax.launch.codes import LOST, REQUEUE
 
 GRACE = 60.0  # seconds for the processes of a run that leaves in good order to follow the first
 LAST_WORDS = 5.0  # seconds for the survivors of a lost process to say what they saw
+TICK = 0.05  # seconds between two looks at the processes
 SHOWN = 15  # lines of output that an error repeats
+KILLED = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGTERM)  # from outside, not by itself
 
 
 @dataclasses.dataclass
@@ -108,30 +111,23 @@ class LocalRun:
         self._running = []
         for index in range(self.processes):
             output = self.output_of(index)
-            environment = os.environ | self.environment_of(index, port)
-            with output.open("a") if output else open(os.devnull) as file:
+            with output.open("a") if output else contextlib.nullcontext() as file:
                 self._running.append(
                     subprocess.Popen(
                         self.command,
-                        env=environment,
-                        stdout=file if output else None,
-                        stderr=subprocess.STDOUT if output else None,
+                        env=os.environ | self.environment_of(index, port),
+                        stdout=file,
+                        stderr=file,
                         start_new_session=True,  # signals of the terminal come here alone
                     )
                 )
-            if self._stopping:
-                break
-        first = self._first_to_leave()
+        if self._stopping:  # before all were there to be told
+            self._stop(signal.SIGTERM)
+        first = self._first_to_fail()
+        if first is None:
+            return 0, ""
         code = _status(self._running[first])
-        if code == 0:
-            for process in self._running:
-                process.wait()
-            failed = [i for i, process in enumerate(self._running) if process.returncode]
-            if not failed:
-                return 0, ""
-            first = failed[0]
-            code = _status(self._running[first])
-        others = [process for i, process in enumerate(self._running) if i != first]
+        others = [process for process in self._running if process is not self._running[first]]
         self._await(others, GRACE if code == REQUEUE else LAST_WORDS)
         stopped = sum(process.poll() is None for process in others)
         for process in others:
@@ -139,27 +135,21 @@ class LocalRun:
             process.wait()
         return code, self._story(first, code, stopped)
 
-    def _first_to_leave(self) -> int:
-        """The process that ended first; of several, one that was killed rather than one that complains."""
+    def _first_to_fail(self) -> int | None:
+        """The process that was first to end with another status than 0; of several, one that was killed
+        rather than one that complains. None: all ended well."""
         while True:
-            ended = [i for i, process in enumerate(self._running) if process.poll() is not None]
-            if ended:
-                killed = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGTERM)
-                order = {True: 0, False: 1}
-                return min(
-                    ended,
-                    key=lambda i: (
-                        order[self._running[i].returncode in killed],
-                        order[self._running[i].returncode != 0],
-                        i,
-                    ),
-                )
-            time.sleep(0.05)
+            codes = [process.poll() for process in self._running]
+            if failed := [i for i, code in enumerate(codes) if code]:
+                return min(failed, key=lambda i: (codes[i] not in KILLED, i))
+            if None not in codes:
+                return None
+            time.sleep(TICK)
 
     def _await(self, processes: Sequence[subprocess.Popen], seconds: float) -> None:
         end = time.monotonic() + seconds
         while any(process.poll() is None for process in processes) and time.monotonic() < end:
-            time.sleep(0.05)
+            time.sleep(TICK)
 
     def _story(self, index: int, code: int, stopped: int) -> str:
         if code == REQUEUE:
@@ -180,7 +170,7 @@ class LocalRun:
             story += f"; the end of {output}:\n" + "\n".join(f"  {line}" for line in lines)
         return story
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
+    def _stop(self, number: int, frame: FrameType | None = None) -> None:
         second = self._stopping and number == signal.SIGINT
         self._stopping = True
         for process in self._running:
