@@ -1,7 +1,9 @@
 """Softmax attention: every backend is the plain one, forward and backward, on one device and on a mesh."""
 
+import json
 import types
 
+import bench_attention
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,6 +202,17 @@ def test_auto_is_what_the_layout_says_and_chunked_where_that_cannot_be(monkeypat
         attention(*three, backend="cellwise")
     with pytest.raises(ValueError, match="einsum, cellwise, chunked, cudnn, splash, not 'flash'"):
         attention(*three, backend="flash")
+
+
+def test_the_tool_that_races_backends(capsys, tmp_path):
+    page = tmp_path / "page.md"
+    (line,) = bench_attention.main(["--size", "smoke", "--rounds", "1", "--markdown", str(page)])
+    printed = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert printed["shape"] == list(line["shape"]) == [2, 16, 2, 8]
+    assert line["time"]["einsum"] == 1.0 and all(
+        line["time"][name] > 0 for name in ("cells", "heads", "chunked")
+    )
+    assert "| 2 x 16 x 2 x 8 |" in page.read_text()
 
 
 # ------------------------------------------------------------------ kernels of accelerators

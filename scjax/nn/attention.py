@@ -15,7 +15,7 @@ from scjax.nn.flash import chunked, cudnn, cudnn_can, splash
 from scjax.parallel import BATCH_AXES, current, device_of
 
 Backend = Literal["auto", "einsum", "cellwise", "chunked", "cudnn", "splash"]
-CACHED = 2**22  # scores of a cell that "cellwise" computes at once, in all heads: benchmarks/attention_cpu.md
+CACHED = 2**20  # scores of a cell that "cellwise" computes at once, in all heads: benchmarks/attention_cpu.md
 
 
 def attention(
