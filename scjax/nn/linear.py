@@ -95,9 +95,12 @@ def _product(x: Array, kernel: Array, bias: Array | None, n_in: int, shardings: 
 
 
 def _gathered(kernel: Array, dtype: Any, shardings: Shardings) -> Array:
-    # what travels is the smaller of the two dtypes
-    kernel = kernel.astype(dtype)
-    return kernel if shardings is None else jax.lax.with_sharding_constraint(kernel, shardings[1])
+    if shardings is None:
+        return kernel.astype(dtype)
+    split, gathered = shardings
+    if kernel.dtype != dtype:  # pinned, or the compiler would gather first and cast then
+        kernel = jax.lax.with_sharding_constraint(kernel.astype(dtype), split)
+    return jax.lax.with_sharding_constraint(kernel, gathered)
 
 
 def _forward(
