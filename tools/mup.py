@@ -148,9 +148,11 @@ def main() -> None:
     loader = Loader(Corpus.open(args.data / "corpus"), args.batch_size, vocabulary=vocabulary, n_buckets=1)
     with closing(iter(loader)) as cells:
         batches = [jax.tree.map(np.array, batch) for batch in itertools.islice(cells, args.steps)]
-    found = {
-        scaled: {d: sweep(d, scaled, batches, len(vocabulary)) for d in WIDTHS} for scaled in (True, False)
-    }
+    base, *wider = WIDTHS
+    as_base = sweep(base, False, batches, len(vocabulary))  # which scaling leaves as it is
+    found = {scaled: {base: as_base} for scaled in (False, True)}
+    for scaled, d_model in itertools.product((False, True), wider):
+        found[scaled][d_model] = sweep(d_model, scaled, batches, len(vocabulary))
     image = args.out.with_suffix(".svg")
     picture(found, image)
     args.out.write_text(
