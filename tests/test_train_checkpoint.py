@@ -95,6 +95,21 @@ def test_only_the_newest_are_kept(tmp_path, abstract):
     assert_equal(checkpoints.restore(abstract).state, filled(abstract))
 
 
+def test_some_stay_for_good(tmp_path, abstract):
+    save(tmp_path, filled(abstract), *range(1, 9), keep=2, keep_every=3)
+    assert checkpoint_steps(tmp_path) == [3, 6, 7, 8]
+
+
+def test_sums_of_metrics_ride_along(tmp_path, abstract):
+    totals = {"loss": [0.1 + 0.2, 3.0]}
+    checkpoints = Checkpoints(tmp_path, IDENTITY)
+    checkpoints.save(1, filled(abstract), CURSOR, totals)
+    checkpoints.close()
+    assert Checkpoints(tmp_path, IDENTITY).restore(abstract).totals == totals
+    save(tmp_path, filled(abstract), 2)
+    assert Checkpoints(tmp_path, IDENTITY).restore(abstract).totals == {}
+
+
 def test_a_state_may_be_donated_while_it_is_written(tmp_path, abstract):
     state = filled(abstract)
     expected = jax.tree.map(np.array, jax.device_get(state))
