@@ -77,7 +77,7 @@ HloModule jit_f
   %g = bf16[4,16]{1,0} all-gather(%x), channel_id=1, replica_groups=[4,2]<=[8], dimensions={1}
   %w = f32[8,8]{1,0} constant({...})
   %dead = f32[4,8]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-  %y = f32[4,8] dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op="a(b) {"}
+  %y = f32[4,8] dot(%p#1, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op="a(b) {"}
   ROOT %t = (s32[], f32[4,8]{1,0}) tuple(%next, %y, %g)
 }
 

@@ -197,7 +197,9 @@ def _dot(dot: Instruction, computation: dict[str, Instruction]) -> float:
     """2 for each number of the result and each one that it sums over."""
     ((_, shape),) = dot.shapes
     contracted = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", dot.rest)
-    left = computation[dot.operands[0]].shapes[0][1]
+    # newer texts name an element of a tuple by "%name#index"
+    ((name, index),) = re.findall(r"^\s*%([\w.\-]+)(?:#(\d+))?", dot.arguments)
+    left = computation[name].shapes[int(index or 0)][1]
     sums = math.prod(left[int(i)] for i in contracted[1].split(",") if i) if contracted else 1
     return 2.0 * math.prod(shape) * sums
 
