@@ -33,7 +33,7 @@ def live(argv: list[str], output: str) -> None:
     """One life, in the child; does not return."""
     code = 1
     try:
-        with open(output, "w") as to:
+        with open(output, "a") as to:
             os.dup2(to.fileno(), 1)
             os.dup2(to.fileno(), 2)
         sys.argv = [str(file), *argv]  # where ml_collections looks, too

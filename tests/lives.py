@@ -43,6 +43,7 @@ class Lives:
         flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in overrides.items()]
         argv = [f"--config={CONFIG}", f"--workdir={workdir}", f"--config.data.corpus={self.corpus}", *flags]
         request = {"argv": argv, "output": str(runs.output_of(workdir))}
+        runs.output_of(workdir).write_text("")  # that of the life before is not taken for this one's
         print(json.dumps(request), file=self._server.stdin, flush=True)
         return Life(workdir, self._answer()["pid"], lambda: self._answer()["code"])
 

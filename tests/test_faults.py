@@ -59,21 +59,24 @@ def assert_the_same(run, whole, step):
 # ------------------------------------------------------------------------------------------- SIGKILL
 
 
-def kill_somewhere(life: Life, how: str, startup: float, chance: random.Random) -> None:
-    """SIGKILL at a random moment: of a life, of its steps, or of the writing of a checkpoint."""
+def kill_somewhere(life: Life, how: str, startup: float, chance: random.Random) -> float:
+    """SIGKILL at a random moment: of a life, of its steps, or of the writing of a checkpoint. Returns the
+    seconds that it takes until the first step, as far as they are known."""
     run = life.workdir
     if how == "anywhere":
         end = life.began + chance.uniform(0, 1.5 * startup)
         life.until(lambda: time.monotonic() > end)
     else:
         before, beyond = newest(run), chance.randint(1, 2 * EVERY)
-        life.until(lambda: "steps " in life.output)  # it has read what it goes on from
+        life.until(lambda: "compiled in" in life.output)
+        startup = time.monotonic() - life.began
         if how == "stepping":
             life.until(lambda: last_step(run) >= before + beyond)
         else:
             life.until(lambda: writing(run) is not None)
             time.sleep(chance.uniform(0, 0.03))
     life.send(signal.SIGKILL)
+    return startup
 
 
 def check_what_is_left(run, whole, before: int) -> int:
@@ -102,7 +105,7 @@ def test_killed_a_hundred_times(place, lives, chance):
             life = lives.begin(run, **LONG)
             how = chance.choice(sorted(kills))
             if sum(kills.values()) < KILLS or in_writes < IN_WRITES:  # else let it come to its end
-                kill_somewhere(life, how, startup, chance)
+                startup = kill_somewhere(life, how, startup, chance)
             code = life.end()
             told = re.search(r"steps ([\d,]+) to", life.output)
             if told:  # it lived long enough to say what it goes on from
