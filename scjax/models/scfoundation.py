@@ -55,8 +55,7 @@ class ScFoundationConfig:
         shown to the decoder alone.
       decoder_d_model, decoder_n_heads, decoder_d_head, decoder_n_layers, decoder_d_ff: the Performer.
       stabiliser: see :func:`scjax.nn.performer.favor`; "global" as published.
-      redraw_every: training steps after which the Performer's projections are drawn
-        anew; 0 for never.
+      redraw_every: training steps after which the Performer's projections are drawn anew; 0 for never.
       n_bins, bin_alpha: of the value embedding, see :class:`scjax.nn.soft_bins.SoftBins`.
       gene_table: see :class:`scjax.nn.embedder.GeneTable`.
       mask_fraction, zero_mask_fraction: share of the expressed genes, and of the others, to predict.
@@ -73,9 +72,8 @@ class ScFoundationConfig:
         head, as upstream's fine-tuning does.
       n_outputs: classes of the annotation head; 0 for none.
       attention: backend, see :func:`scjax.nn.attention.attention`.
-      decoding: "cellwise" maps the decoder over the cells and recomputes each in the backward pass, so
-        that the activations of all genes exist for one cell of each device at a time; "batched" takes all
-        cells at once; "auto" is "cellwise" on a lone CPU device, else "batched".
+      decoding: "cellwise" maps the decoder over the cells, each of them recomputed in the backward pass: the
+        activations of all genes exist for one cell of a device; "batched"; "auto", cellwise on a lone CPU.
       remat: see :class:`scjax.nn.layers.Stack`; of encoder and decoder.
       dtype: "float32" or "bfloat16", of activations; parameters are float32.
     """
@@ -166,8 +164,7 @@ class ScFoundation(nnx.Module):
 
     Args:
       config: hyper-parameters.
-      n_genes: size of the vocabulary. Ids n_genes, n_genes + 1 and n_genes + 2 of the gene embedding are
-        T, S and padding, as upstream appends them.
+      n_genes: size of the vocabulary; of the gene embedding the three ids after it are T, S and padding.
     """
 
     WHOLE_CELLS = True  # library size and depths are sums over all genes of the vocabulary
@@ -216,10 +213,8 @@ class ScFoundation(nnx.Module):
         self.calls = Buffer(jnp.zeros((), jnp.int32))  # of the training loss: steps done
         self.gene_mean = GeneMean(n_genes)  # of a gene where it was hidden
 
-    @staticmethod
-    def BETWEEN_CELLS(config: ScFoundationConfig) -> bool:
-        """Whether a loss depends on which cells are in a micro-batch together."""
-        return config.stabiliser == "global"
+    # whether a loss depends on which cells are in a micro-batch together
+    BETWEEN_CELLS = staticmethod(lambda config: config.stabiliser == "global")
 
     @staticmethod
     def tables(config: ScFoundationConfig) -> dict[str, str]:
@@ -359,9 +354,7 @@ class ScFoundation(nnx.Module):
         if c.decoding == "auto":
             lone = jax.default_backend() == "cpu" and jax.device_count() == 1
             cellwise = lone and c.stabiliser != "global"
-        if not cellwise:
-            return some(cells)
-        return map_cells(jax.checkpoint(some), cells)
+        return map_cells(jax.checkpoint(some), cells) if cellwise else some(cells)
 
     def __call__(self, tokens: Tokens, keys: Array | None = None) -> tuple[Array, Array]:
         """Runs encoder and decoder.

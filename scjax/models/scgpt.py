@@ -215,10 +215,8 @@ class ScGPT(nnx.Module):
             self.head = CellHead(d, c.n_outputs, activation="relu", **typed)
         self.gene_mean = GeneMean(n_genes)
 
-    @staticmethod
-    def BETWEEN_CELLS(config: ScGPTConfig) -> bool:
-        """Whether a loss depends on which cells are in a micro-batch together."""
-        return config.ecs_weight > 0 or config.batch_norm != "none"
+    # whether a loss depends on which cells are in a micro-batch together
+    BETWEEN_CELLS = staticmethod(lambda config: config.ecs_weight > 0 or config.batch_norm != "none")
 
     @staticmethod
     def tables(config: ScGPTConfig) -> dict[str, str]:
