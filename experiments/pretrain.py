@@ -157,7 +157,8 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
 
                 if saving or validating or probing or config.train.due(config.train.log_every, step):
                     means = meter.mean("train")  # raises on a non-finite loss, before anything is saved
-                    means["train/learning_rate"] = float(schedule(step - 1))
+                    taken = step - int(means.get("train/skipped_total", 0))
+                    means["train/learning_rate"] = float(schedule(taken - 1))
                     log.write(step, means)
                     progress.show(step, means)
                     checkpoints.check()

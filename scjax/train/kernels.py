@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType
 
 from scjax.nn.module import Abstract, axes_of, shapes_of
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-ITERATIONS = 5
-MOMENTUM = 0.95
 ADAM_RMS = 0.2  # of an update of Adam, which Muon's are scaled to
 
 
@@ -82,46 +77,11 @@ def _each(function: Any, kernels: Any, *trees: Any) -> Any:
     return jax.tree.map(function, kernels, *trees, is_leaf=lambda x: x is None or isinstance(x, Kernel))
 
 
-def _automatic(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """``tx``, which reshapes and multiplies what is split over devices, also on a mesh of Explicit axes:
-    there the compiler places what lies between its arguments and its results, which are split alike."""
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        split = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
-        meshes = (sharding.mesh for sharding in jax.tree.leaves(split))
-        if not any(AxisType.Explicit in mesh.axis_types for mesh in meshes):
-            return tx.update(updates, state, params)
-        return jax.sharding.auto_axes(tx.update, out_sharding=split)(updates, state, params)
-
-    return optax.GradientTransformation(tx.init, update)
-
-
 # ---------------------------------------------------------------------------------------------- Muon
 
 
-def orthogonalise(x: jax.Array) -> jax.Array:
-    """[..., m, n]: near U V^T of each matrix U S V^T, its singular values between about 0.7 and 1.2.
-
-    Five steps of a quintic Newton-Schulz iteration, in float32 (Jordan et al. 2024, "Muon").
-    """
-    a, b, c = NEWTON_SCHULZ
-    wide = x.shape[-2] <= x.shape[-1]
-    y = x.astype(jnp.float32) if wide else jnp.swapaxes(x, -1, -2).astype(jnp.float32)
-    y = y / (jnp.linalg.norm(y, axis=(-2, -1), keepdims=True) + 1e-7)
-    for _ in range(ITERATIONS):
-        square = y @ jnp.swapaxes(y, -1, -2)
-        y = a * y + (b * square + c * square @ square) @ y
-    return (y if wide else jnp.swapaxes(y, -1, -2)).astype(x.dtype)
-
-
-class MuonState(NamedTuple):
-    """Momentum, in the structure of the parameters."""
-
-    momentum: Any
-
-
 def scale_by_muon(kernels: Any) -> optax.GradientTransformation:
-    """Nesterov momentum of 0.95, orthogonalised for each layer, and for queries, keys and values, by itself.
+    """Optax's Muon (Jordan et al. 2024), of each layer, and of queries, keys and values, by itself.
 
     Updates have the size of Adam's, 0.2 a number in the root mean square, so that learning rate and decay
     of AdamW serve (Liu et al. 2025, "Muon is scalable for LLM training").
@@ -130,22 +90,22 @@ def scale_by_muon(kernels: Any) -> optax.GradientTransformation:
       kernels: :class:`Kernel` by parameter; other parameters must be left out by ``optax.partition``.
     """
 
-    def init(params: Any) -> MuonState:
-        return MuonState(jax.tree.map(jnp.zeros_like, params))
-
-    def update(updates: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
-        del params
-        momentum = jax.tree.map(lambda m, g: m + (1 - MOMENTUM) * (g - m), state.momentum, updates)
-        ahead = jax.tree.map(lambda m, g: m + (1 - MOMENTUM) * (g - m), momentum, updates)
-
-        def direction(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+    def roles(updates: Any) -> Any:
+        def role(path: tuple[Any, ...], _: jax.Array) -> optax.contrib.MuonDimensionNumbers:
             kernel = _at(kernels, path)
-            y = orthogonalise(kernel.to_matrices(x))
-            return kernel.from_matrices(ADAM_RMS * math.sqrt(max(y.shape[-2:])) * y, x.shape)
+            return optax.contrib.MuonDimensionNumbers(kernel.inputs, kernel.outputs)
 
-        return jax.tree_util.tree_map_with_path(direction, ahead), MuonState(momentum)
+        return jax.tree_util.tree_map_with_path(role, updates)
 
-    return _automatic(optax.GradientTransformation(init, update))
+    def resized(updates: Any, _: Any) -> Any:
+        def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+            kernel = _at(kernels, path)
+            sides = (math.prod(x.shape[d] for d in dims) for dims in (kernel.inputs, kernel.outputs))
+            return ADAM_RMS * math.sqrt(max(sides)) * x
+
+        return jax.tree_util.tree_map_with_path(one, updates)
+
+    return optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=roles), optax.stateless(resized))
 
 
 def _at(tree: Any, path: tuple[Any, ...]) -> Any:
@@ -180,4 +140,4 @@ def scale_by_adafactor(kernels: Any) -> optax.GradientTransformation:
         back = lambda kernel, x, g: x if kernel is None else kernel.from_matrices(x, g.shape)  # noqa: E731
         return _each(back, kernels, new, updates), state
 
-    return _automatic(optax.GradientTransformation(lambda params: inner.init(matrices(params)), update))
+    return optax.GradientTransformation(lambda params: inner.init(matrices(params)), update)
