@@ -300,4 +300,4 @@ def test_the_state_of_any_optimiser_is_split_like_its_parameters(name):
 )
 def test_models_say_whether_they_compare_cells(system, changes, between):
     model, config = models.resolve(system)
-    assert model.BETWEEN_CELLS(config(**changes)) is between
+    assert model.compares_cells(config(**changes)) is between

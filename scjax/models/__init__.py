@@ -11,8 +11,9 @@ A model is an ``nnx.Module`` with
 Optional: ``WHOLE_CELLS = True`` for one that must not be given a sample of a cell's genes
 (``data.max_genes``); ``tables(config)`` for values of genes from outside, see ``scjax.train.gene_tables``;
 ``work(n_genes) -> (tokens, operations)``, each [B], for MFU, see :mod:`scjax.nn.work`;
-``BETWEEN_CELLS(config)``, a static method, true where the loss compares the cells of a batch, which is then
-cut into micro-batches only where the config says so.
+``compares_cells(config)``, a static method, true where the loss compares the cells of a batch, which is then
+cut into micro-batches only where the config says so; ``READOUTS``, for learning rates that hold for all
+widths, see :mod:`scjax.train.width`.
 
 Training, evaluation and the API know nothing else of a model.
 """

@@ -202,7 +202,7 @@ class CellLM(nnx.Module):
         self.calls = Buffer(jnp.zeros((), jnp.int32))
 
     @staticmethod
-    def BETWEEN_CELLS(config: CellLMConfig) -> bool:
+    def compares_cells(config: CellLMConfig) -> bool:
         """Whether a loss depends on which cells are in a micro-batch together."""
         return config.contrast_weight > 0 or config.stabiliser == "global"
 

@@ -144,7 +144,7 @@ class ScBERT(nnx.Module):
         self.calls = Buffer(jnp.zeros((), jnp.int32))
 
     @staticmethod
-    def BETWEEN_CELLS(config: ScBERTConfig) -> bool:
+    def compares_cells(config: ScBERTConfig) -> bool:
         """Whether a loss depends on which cells are in a micro-batch together."""
         return config.stabiliser == "global"
 

@@ -214,7 +214,7 @@ class ScFoundation(nnx.Module):
         self.gene_mean = GeneMean(n_genes)  # of a gene where it was hidden
 
     # whether a loss depends on which cells are in a micro-batch together
-    BETWEEN_CELLS = staticmethod(lambda config: config.stabiliser == "global")
+    compares_cells = staticmethod(lambda config: config.stabiliser == "global")
 
     @staticmethod
     def tables(config: ScFoundationConfig) -> dict[str, str]:

@@ -216,7 +216,7 @@ class ScGPT(nnx.Module):
         self.gene_mean = GeneMean(n_genes)
 
     # whether a loss depends on which cells are in a micro-batch together
-    BETWEEN_CELLS = staticmethod(lambda config: config.ecs_weight > 0 or config.batch_norm != "none")
+    compares_cells = staticmethod(lambda config: config.ecs_weight > 0 or config.batch_norm != "none")
 
     @staticmethod
     def tables(config: ScGPTConfig) -> dict[str, str]:

@@ -90,8 +90,8 @@ def micro_batches(config: RunConfig, model: Abstract, length: int, layout: Layou
     if config.train.accumulate:
         return config.train.accumulate
     system, config_class = resolve(config.system)
-    between = getattr(system, "BETWEEN_CELLS", None)
-    if between is not None and between(from_config(config_class, config.model, where="config.model")):
+    compares = getattr(system, "compares_cells", None)
+    if compares is not None and compares(from_config(config_class, config.model, where="config.model")):
         return 1
     tokens, _ = late_work(model, np.array([length]))
     return accumulate_for(config.data.batch_size, max(length, int(tokens)), layout.mesh, layout.tokens)
