@@ -30,6 +30,7 @@ from scjax.train import (
     Checkpoints,
     Meter,
     MetricsLog,
+    Preemption,
     Probe,
     Profile,
     RunConfig,
@@ -59,7 +60,6 @@ from scjax.train import (
     read_metrics,
     results,
 )
-from scjax.train.preemption import Preemption
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, FILE.py or FILE.py:ARG.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory: new, or that of a run to resume.")

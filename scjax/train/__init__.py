@@ -16,6 +16,7 @@ from scjax.train.optimizer import (
     make_schedule,
     moving_average,
 )
+from scjax.train.preemption import Preemption
 from scjax.train.probe import BASELINES, Probe, effective_rank, masked_gap, read_labels, results
 from scjax.train.profile import Profile
 from scjax.train.progress import RunProgress
@@ -45,6 +46,7 @@ __all__ = [
     "MetricsLog",
     "NonFiniteLoss",
     "OptimizerConfig",
+    "Preemption",
     "Probe",
     "Profile",
     "Restored",
