@@ -105,6 +105,34 @@ def test_shardings_keep_the_tree():
     assert tree == {"a": {"w": NamedSharding(mesh, P("fsdp"))}, "b": NamedSharding(mesh, P())}
 
 
+@dataclasses.dataclass(frozen=True)
+class Elsewhere:
+    """A device of another machine, as JAX tells of it: GPU hosts are slices, chips of a TPU host a square."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    coords: tuple[int, ...]
+    device_kind: str
+    platform: str
+
+
+GPUS = [Elsewhere(i, i // 8, i // 8, (), "NVIDIA H100 80GB HBM3", "gpu") for i in range(16)]
+CHIPS = [
+    Elsewhere(4 * y + x, 2 * (y // 2) + x // 2, 0, (x, y, 0), "TPU v5 lite", "tpu")
+    for y in range(4)
+    for x in range(4)
+]
+
+
+@pytest.mark.parametrize("devices", [GPUS, CHIPS], ids=["2 x 8 GPUs", "TPU v5e-16"])
+@pytest.mark.parametrize("config", [MeshConfig(), MeshConfig(1, -1, 1), MeshConfig(-1, 4, 2)], ids=str)
+def test_machines_hold_whole_pieces_of_a_batch(devices, config):
+    mesh = make_mesh(config, devices)
+    count = len({device.process_index for device in devices})
+    assert [process_shard(mesh, i) for i in range(count)] == [(i, count) for i in range(count)]
+
+
 @pytest.mark.parametrize("config", [MeshConfig(8, 1, 1), MeshConfig(2, 2, 2), MeshConfig(1, 1, 8)])
 def test_place_keeps_rows_in_order(config):
     mesh = make_mesh(config)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -59,11 +60,14 @@ def make_mesh(
 ) -> Mesh:
     """The mesh with axes ``data``, ``fsdp`` and ``tensor`` over ``devices`` (default: all of them).
 
-    ``axis_type`` is passed for every axis: the default of ``jax.make_mesh`` differs between versions.
+    Devices stand in the order of their processes, so that each process holds one piece of a batch.
+    ``jax.make_mesh`` would follow the torus of a TPU pod instead, in which it does not, and refuses hosts of
+    GPUs, which JAX takes for as many slices. ``axis_type`` is that of every axis.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    devices = list(jax.devices() if devices is None else devices)
     sizes = (config or MeshConfig()).sizes(len(devices))
-    return jax.make_mesh(sizes, AXES, axis_types=(axis_type,) * len(AXES), devices=devices)
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.asarray(ordered).reshape(sizes), AXES, axis_types=(axis_type,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
