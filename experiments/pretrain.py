@@ -24,7 +24,6 @@ from scjax.config import from_config
 from scjax.genes import Vocabulary
 from scjax.launch.capture import capture
 from scjax.launch.codes import REQUEUE
-from scjax.models import build
 from scjax.parallel import Prefetch, distributed_start, layout_for, together
 from scjax.train import (
     Checkpoints,
@@ -38,13 +37,11 @@ from scjax.train import (
     Status,
     TooManySkipped,
     abstract_state,
-    base_of,
     checkpoint_steps,
     compile_ahead,
     count_parameters,
     describe,
     gene_tables,
-    grown,
     identity,
     init_state,
     keep_compiled,
@@ -55,6 +52,7 @@ from scjax.train import (
     manifests_of,
     masked_gap,
     micro_batches,
+    model_of,
     open_data,
     open_run,
     read_metrics,
@@ -73,11 +71,7 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
     # -------------------------------------------------------------------------- cells and model
     corpus = open_data(config.data, workdir)  # a run that resumes reads what it began with
     vocabulary = Vocabulary.from_tsv(config.data.genes) if config.data.genes else corpus.vocabulary
-    model = build(config.system, config.model, len(vocabulary), config.seed)
-    base = None
-    if config.optimizer.width_base is not None:  # a learning rate found on a smaller model
-        base = base_of(config.system, config.model, config.optimizer.width_base, len(vocabulary), config.seed)
-        model = grown(model, base)
+    model, base = model_of(config, len(vocabulary))  # a base where its learning rate comes from one
 
     # ------------------------------------------------------------------------- devices and data
     layout = layout_for(config.mesh, count_parameters(model))  # the hardware says what the config leaves open

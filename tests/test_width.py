@@ -17,7 +17,6 @@ from scjax.parallel import MeshConfig, make_mesh, place
 from scjax.train import (
     OptimizerConfig,
     abstract_state,
-    base_of,
     grown,
     init_state,
     make_optimizer,
@@ -38,7 +37,7 @@ def widths(system, factor):
 def pair(system, **options):
     """The wide model, as it starts by the rules of muP, and its base."""
     config = TINY[system] | options | widths(system, WIDE)
-    base = base_of(system, config, widths(system, BASE), GENES)
+    base = models.build(system, config | widths(system, BASE), GENES)
     return grown(models.build(system, config, GENES), base), base
 
 
@@ -153,7 +152,7 @@ def test_steps_move_a_wide_model_as_far_as_its_base(system, name):
 def test_what_is_not_a_width_is_refused(system, change, told):
     model = models.build(system, TINY[system], GENES)
     with pytest.raises(ConfigError, match=told):
-        growth(model, base_of(system, TINY[system], change, GENES))
+        growth(model, models.build(system, TINY[system] | change, GENES))
 
 
 def test_the_base_must_be_given():

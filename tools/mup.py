@@ -31,7 +31,6 @@ from scjax.parallel import MeshConfig, make_mesh, place
 from scjax.train import (
     OptimizerConfig,
     abstract_state,
-    base_of,
     grown,
     init_state,
     make_optimizer,
@@ -61,7 +60,7 @@ def sweep(d_model: int, scaled: bool, batches: list[Any], n_genes: int) -> list[
     config = {"n_layers": 2, "max_length": 64, "dropout": 0.0} | width(d_model)
     model, base = build("geneformer", config, n_genes), None
     if scaled:
-        base = base_of("geneformer", config, width(WIDTHS[0]), n_genes)
+        base = build("geneformer", config | width(WIDTHS[0]), n_genes)
         model = grown(model, base)
     options = OptimizerConfig(
         1.0, warmup_steps=10, schedule="constant", b2=0.99, width_base=width(WIDTHS[0]) if scaled else None

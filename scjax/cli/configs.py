@@ -135,17 +135,16 @@ def show(args: argparse.Namespace) -> int:
 
 
 def params(args: argparse.Namespace) -> int:
-    from scjax.models import build
     from scjax.nn.table import parameter_table
-    from scjax.train import abstract_state, make_optimizer
+    from scjax.train import abstract_state, make_optimizer, model_of
     from scjax.train.cost import abstract_mesh, state_bytes
 
     job = job_of(args)
     config, mesh = job.config, abstract_mesh(job)  # no device is needed
-    model = build(config.system, config.model, job.n_genes, config.seed)
+    model, base = model_of(config, job.n_genes)
     title = f"{config.system}, {job.n_genes:,} genes, {_on(job, dict(mesh.shape))}"
     out.print(parameter_table(model, title, mesh))
-    tx, _ = make_optimizer(config.optimizer, config.train.steps, model)
+    tx, _ = make_optimizer(config.optimizer, config.train.steps, model, base)
     found = state_bytes(abstract_state(model, tx, mesh, ema=config.optimizer.ema is not None))
     parts = ", ".join(f"{name} {size / 2**20:,.2f}" for name, size in found.items())
     out.print(f"MiB of the state a device: {parts}; all {sum(found.values()) / 2**20:,.2f}", highlight=False)

@@ -32,7 +32,7 @@ from scjax.train.state import State, abstract_state, count_parameters, init_stat
 from scjax.train.status import Status
 from scjax.train.step import make_eval_step, make_train_step
 from scjax.train.tables import GeneTables, gene_tables
-from scjax.train.width import base_of, grown
+from scjax.train.width import grown, model_of
 
 __all__ = [
     "BASELINES",
@@ -60,7 +60,6 @@ __all__ = [
     "ValidationConfig",
     "abstract_batch",
     "abstract_state",
-    "base_of",
     "checkpoint_steps",
     "compile_ahead",
     "count_parameters",
@@ -81,6 +80,7 @@ __all__ = [
     "manifests_of",
     "masked_gap",
     "micro_batches",
+    "model_of",
     "moving_average",
     "open_data",
     "open_run",

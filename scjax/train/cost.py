@@ -35,6 +35,7 @@ from scjax.train.hlo import partitioned, work
 from scjax.train.optimizer import make_optimizer
 from scjax.train.state import State, abstract_state
 from scjax.train.step import make_train_step
+from scjax.train.width import model_of
 
 STANDS_IN = {"cudnn": "chunked", "splash": "chunked"}  # kernels that no CPU compiles
 FLAGS = (
@@ -89,8 +90,8 @@ def _step(job: Job, mesh: Any, *, kernels: bool) -> tuple[Any, Any, State, Any, 
         settings["attention"] = compiled
     if settings.get("decoding") == "auto" and job.device != "cpu":
         settings["decoding"] = "batched"
-    model = build(config.system, settings, job.n_genes, config.seed)
-    tx, _ = make_optimizer(config.optimizer, config.train.steps, model)
+    model, base = model_of(dataclasses.replace(config, model=settings), job.n_genes)
+    tx, _ = make_optimizer(config.optimizer, config.train.steps, model, base)
     abstract = abstract_state(model, tx, mesh, ema=config.optimizer.ema is not None)
     cells = config.data.batch_size
     layout = Layout(mesh, attention=compiled, remat=plan.remat, tokens=plan.tokens)

@@ -175,7 +175,7 @@ def make_optimizer(
       config: of the optimiser.
       steps: of the whole run.
       model: the abstract model.
-      base: the model at the width that ``config.width_base`` describes (:func:`scjax.train.base_of`).
+      base: the model at the width that ``config.width_base`` describes (:func:`scjax.train.model_of`).
 
     Raises:
       ConfigError: see :func:`make_schedule` and :func:`scjax.train.width.growth`.

@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +32,9 @@ from scjax.config import ConfigError
 from scjax.models import build
 from scjax.nn.module import Abstract, axes_of, bind, buffers_of, params_of, shapes_of
 from scjax.train.kernels import kernel_of
+
+if TYPE_CHECKING:
+    from scjax.train.config import RunConfig
 
 FIXED = ("layers", "head", "vocab")
 
@@ -108,11 +110,14 @@ def growth(model: Abstract, base: Abstract) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(one, shapes, axes, small)
 
 
-def base_of(
-    system: str, config: Mapping[str, Any], width_base: Mapping[str, Any], n_genes: int, seed: int = 0
-) -> Abstract:
-    """The model at the width that it was tuned at: ``config`` with the fields of ``width_base``."""
-    return build(system, {**config, **width_base}, n_genes, seed)
+def model_of(config: RunConfig, n_genes: int) -> tuple[Abstract, Abstract | None]:
+    """``(model, base)`` of a run. With ``optimizer.width_base`` the base is the model with these fields, at
+    which the learning rate was found, and the model is :func:`grown` from it; else there is none."""
+    model = build(config.system, config.model, n_genes, config.seed)
+    if config.optimizer.width_base is None:
+        return model, None
+    base = build(config.system, {**config.model, **config.optimizer.width_base}, n_genes, config.seed)
+    return grown(model, base), base
 
 
 def grown(model: Abstract, base: Abstract) -> Abstract:
