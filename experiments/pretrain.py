@@ -114,7 +114,7 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
     # ---------------------------------------------------------------------------------- loop
     steps, leaving = config.train.steps, False
     status, progress = Status(run.path, step, steps), RunProgress(steps, step)
-    log = MetricsLog(run.path, step, config.train.wandb)
+    log = MetricsLog(run.path, None if restored is None else step, config.train.wandb)
     profile = Profile(run.path, config.train.profile, step)
     totals = None if restored is None else restored.totals
     meter = Meter(mesh, began=status.began, productive=log.productive, totals=totals)

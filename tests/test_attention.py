@@ -193,6 +193,9 @@ def test_auto_is_what_the_layout_says_and_chunked_where_that_cannot_be(monkeypat
     assert auto(Layout(lone), example()[:4]) == "cellwise"
     assert auto(Layout(two), example()[:4]) == "cellwise"
     assert auto(Layout(two), three) == "chunked"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "LONG", example()[0].shape[1] ** 2 - 1)
+        assert auto(Layout(lone), example()[:4]) == "chunked"
     assert auto(Layout(lone, attention="cudnn"), half) == "cudnn"
     assert auto(Layout(lone, attention="cudnn"), odd) == "chunked"
     assert auto(Layout(lone, attention="cudnn"), example()[:4]) == "chunked"

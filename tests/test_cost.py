@@ -230,3 +230,8 @@ def test_large_shapes_fit_an_h100(options, capsys):
     assert main(["config", "cost", *options.split(), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["memory"]["all"] < 80e9
+
+
+def test_a_device_that_no_row_knows_is_refused(capsys):
+    assert main(["config", "params", "configs/geneformer.py", "--genes", "100", "--device", "H10"]) == 2
+    assert "did you mean 'H100'?" in capsys.readouterr().err

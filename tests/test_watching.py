@@ -199,6 +199,14 @@ def test_metrics_continue_where_the_run_does(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
+def test_metrics_of_a_run_that_left_no_checkpoint_are_dropped(tmp_path):
+    for life in range(2):
+        log = MetricsLog(tmp_path)
+        log.write(0, {"probe/effective_rank": float(life)})
+        log.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "probe/effective_rank": 1.0}]
+
+
 def test_metrics_without_tensorboard(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     log = MetricsLog(tmp_path)

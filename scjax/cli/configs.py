@@ -93,11 +93,12 @@ def job_of(args: argparse.Namespace) -> Job:
     """What the options of ``params`` and ``cost`` ask for.
 
     Raises:
-      ConfigError: as :func:`resolve`.
+      ConfigError: as :func:`resolve`, or a device that is in no row of the table.
       ValueError: the size of the vocabulary is not known, or a mesh that is none.
     """
-    from scjax.config import from_config
+    from scjax.config import ConfigError, from_config, nearest
     from scjax.corpus import Corpus
+    from scjax.parallel import DEVICES, device_of
     from scjax.train import RunConfig
     from scjax.train.cost import Job
 
@@ -114,6 +115,9 @@ def job_of(args: argparse.Namespace) -> Job:
         except FileNotFoundError as error:
             raise ValueError(f"{error}; give the size of the vocabulary with --genes N") from None
     run: RunConfig = from_config(RunConfig, given)
+    names = [device.name for device in DEVICES]
+    if device_of(args.device) not in DEVICES:  # of one that is met at run time nothing need be known
+        raise ConfigError(f"--device {args.device}:{nearest(args.device, names)} Known: {', '.join(names)}")
     return Job(run, n_genes, args.devices, args.device, getattr(args, "length", None) or 0)
 
 

@@ -15,6 +15,7 @@ from scjax.nn.flash import chunked, cudnn, cudnn_can, splash
 from scjax.parallel import BATCH_AXES, current, device_of
 
 Backend = Literal["auto", "einsum", "cellwise", "chunked", "cudnn", "splash"]
+LONG = 2**27  # scores of a head beyond which half a gigabyte is too much of a processor's memory
 CACHED = 2**20  # scores of a cell that "cellwise" computes at once, in all heads: benchmarks/attention_cpu.md
 
 
@@ -45,7 +46,8 @@ def attention(
         - "splash": Pallas kernels for TPUs; interpreted, and slow, where there is no TPU.
         - "auto": what the active :class:`scjax.parallel.Layout` says, else the table of hardware for this
           process's device. "chunked" where that backend cannot do it: cuDNN in float32, a batch that the
-          mesh does not divide, arrays that may lie on several devices without a layout that says how.
+          mesh does not divide, arrays that may lie on several devices without a layout that says how; and for
+          rows of more than 11,000 positions in the place of "cellwise".
 
     On a mesh all but "einsum" run on each device with the cells and heads that lie there.
 
@@ -63,7 +65,8 @@ def attention(
     if backend == "auto":
         backend = layout.attention if layout is not None else device_of().attention  # type: ignore[assignment]
         unplaced = layout is None and jax.device_count() > 1 and backend in ("cellwise", "splash")
-        if unplaced or n_cells % slices or (backend == "cudnn" and not cudnn_can(q_BSHD)):
+        long = backend == "cellwise" and q_BSHD.shape[1] ** 2 > LONG
+        if unplaced or long or n_cells % slices or (backend == "cudnn" and not cudnn_can(q_BSHD)):
             backend = "chunked"
     compute = partial(_BACKENDS[backend], unknown=unknown)
     if backend == "einsum" or not spread or (backend == "chunked" and n_cells % slices):

@@ -202,9 +202,9 @@ class MetricsLog:
 
     Args:
       directory: the run directory.
-      step: the step that the run starts from; lines beyond it, written by a run that went on after its
-        last checkpoint and was then killed, are dropped, so that the file becomes that of a run which
-        was never interrupted.
+      step: that of the checkpoint which the run goes on from, None for none; lines beyond it, written by a
+        run that went on and was then killed, are dropped, so that the file becomes that of a run which was
+        never interrupted.
       wandb: project of Weights & Biases, where a run that resumes goes on as the same run; its steps are in
         the metric "step". ``WANDB_MODE=offline`` keeps all in ``wandb/`` of the run, for ``wandb sync``.
 
@@ -215,16 +215,16 @@ class MetricsLog:
       productive: seconds that the steps of the lines kept took.
     """
 
-    def __init__(self, directory: str | pathlib.Path, step: int = 0, wandb: str | None = None):
+    def __init__(self, directory: str | pathlib.Path, step: int | None = None, wandb: str | None = None):
         self.path = pathlib.Path(directory) / "metrics.jsonl"
-        self.productive = 0.0
+        self.productive, last = 0.0, -1 if step is None else step
         self._file = self._tensorboard = self._wandb = None
         if jax.process_index() != 0:
             return
         if wandb is not None:
             self._wandb = _weights_and_biases(wandb, pathlib.Path(directory))
         if self.path.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+            kept = [line for line in read_metrics(self.path) if line["step"] <= last]
             self.productive = sum(line.get("time/step", 0.0) for line in kept)
             partial = self.path.with_name(".metrics.jsonl.partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -236,7 +236,7 @@ class MetricsLog:
             print("tensorboardX is not installed: metrics.jsonl only, no TensorBoard files", flush=True)
         else:
             self._tensorboard = SummaryWriter(
-                str(pathlib.Path(directory) / "tensorboard"), purge_step=step + 1
+                str(pathlib.Path(directory) / "tensorboard"), purge_step=last + 1
             )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -209,7 +209,8 @@ def open_run(path: str | pathlib.Path, model: Mapping[str, Any], vocabulary: Voc
             vocabulary.to_tsv(path / ".vocabulary.tsv.partial")
             os.replace(path / ".vocabulary.tsv.partial", path / "vocabulary.tsv")
     barrier("scjax:open_run:written")
-    return read_run(path)
+    # others need not see the new file yet: NFS may remember for a while that there was none
+    return read_run(path) if jax.process_index() == 0 else Run(path, dict(model))
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
