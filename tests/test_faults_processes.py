@@ -17,6 +17,42 @@ pytestmark = pytest.mark.faults
 CONFIG = "tests/tiny_config.py"
 ENDLESS = {"train__steps": 10**6, "train__checkpoint_every": 5, "train__eval_every": 10**6}
 
+# Saves two checkpoints of an array of which each process holds half, damages what process 1 wrote of the
+# newer one, and restores.
+RESTORES = """
+import os, pathlib, sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from scjax.parallel import MeshConfig, barrier, distributed_start, make_mesh, together
+from scjax.train import Checkpoints
+
+distributed_start()
+workdir = pathlib.Path(sys.argv[-1].partition("=")[2])
+sharding = NamedSharding(make_mesh(MeshConfig(1, 2, 1)), P("fsdp"))
+abstract = {"w": jax.ShapeDtypeStruct((2, 300_000), np.float32, sharding=sharding)}
+
+def state(step):
+    values = np.random.default_rng(step).standard_normal((2, 300_000)).astype(np.float32)
+    return {"w": jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])}
+
+with together():
+    checkpoints = Checkpoints(workdir, {})
+    for step in (4, 8):
+        checkpoints.save(step, state(step), {})
+    checkpoints.close()
+    if jax.process_index() == 0:
+        for damaged in [8] if workdir.name == "newer" else [4, 8]:
+            files = (workdir / str(damaged) / "state" / "ocdbt.process_1").rglob("d/*")
+            file = max(files, key=lambda path: path.stat().st_size)
+            assert file.stat().st_size > 1_000_000
+            os.truncate(file, 1000)
+    barrier("damaged")
+    restored = Checkpoints(workdir, {}).restore(abstract)
+    for mine, saved in zip(*(s["w"].addressable_shards for s in (restored.state, state(4)))):
+        np.testing.assert_array_equal(mine.data, saved.data)
+    print("restored", restored.step)
+"""
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -84,6 +120,25 @@ def test_a_process_that_fails_takes_all_down_and_is_named(place):
     name = f"process 1 (host {socket.gethostname()}, pid {processes[1].pid}) has failed: "
     for index, output in enumerate(outputs(workdir, processes)):
         assert ("nowhere" if index == 1 else name) in output.splitlines()[-1], output
+
+
+@pytest.mark.parametrize("damaged", ["newer", "both"])
+def test_a_checkpoint_that_one_process_cannot_read(place, damaged):
+    """The other one could. Both pass it over; where no other is left, both say so."""
+    script, workdir, port = place / "restores.py", place / damaged, runs.free_port()
+    script.write_text(RESTORES)
+    both = [
+        runs.start(CONFIG, workdir, process=(index, 2, port), cache=place / "cache", script=script)
+        for index in range(2)
+    ]
+    output = runs.finish(*both, workdir=workdir, succeed=damaged == "newer")
+    if damaged == "newer":
+        told = "checkpoint 8 cannot be read and is set aside; going on from 4. (process 1: "
+        assert told in output and all("restored 4" in text for text in outputs(workdir, both))
+        assert sorted(path.name for path in workdir.iterdir()) == ["4", "8.damaged"]
+    else:
+        for text in outputs(workdir, both):
+            assert re.search(r"no checkpoint in .* can be read: 8: process 1: .*; 4: process 1: ", text), text
 
 
 def test_two_processes_then_one_then_four(place):

@@ -214,6 +214,39 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, abstract, capsys, name):
     assert_equal(Checkpoints(tmp_path, IDENTITY).restore(abstract).state, states[1])
 
 
+@pytest.mark.parametrize("name", ["cut", "gone", "zeroed"])
+def test_one_damaged_file_of_a_large_array(tmp_path, capsys, name):
+    """A small array lies within the index of its checkpoint; a large one has files of its own."""
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    shapes = {"params": {"w": (300_000,)}, "buffers": {"count": (3,)}}
+    large = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P())),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    states = [filled(large, seed) for seed in (0, 1)]
+    for step, state in zip((4, 8), states, strict=True):
+        save(tmp_path, state, step)
+    file = max(arrays(tmp_path / "8"), key=lambda path: path.stat().st_size)
+    size = file.stat().st_size
+    assert size > 1_000_000
+    {
+        "cut": lambda: cut(file),
+        "gone": file.unlink,
+        "zeroed": lambda: file.write_bytes(bytes(size)),
+    }[name]()
+    with pytest.raises(CheckpointError, match="checkpoint .*8 cannot be read: "):
+        restore_variables(tmp_path, large)
+    restored = Checkpoints(tmp_path, IDENTITY).restore(large)
+    assert restored.step == 4
+    assert_equal(restored.state, states[0])
+    told = capsys.readouterr().out
+    assert "checkpoint 8 cannot be read and is set aside; going on from 4" in told
+    assert "params.w" in told  # in the words of what read it, which say what is wrong
+    assert (tmp_path / "8.damaged").is_dir()
+    assert_equal(restore_variables(tmp_path, large)[0], states[0])
+
+
 def test_no_checkpoint_can_be_read(tmp_path, abstract):
     save(tmp_path, filled(abstract), 4)
     for path in arrays(tmp_path / "4"):

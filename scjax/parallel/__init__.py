@@ -14,7 +14,7 @@ from scjax.parallel.mesh import (
 )
 from scjax.parallel.placement import place
 from scjax.parallel.prefetch import Prefetch
-from scjax.parallel.processes import barrier, distributed_start, everywhere, together
+from scjax.parallel.processes import barrier, distributed_start, from_all, together
 from scjax.parallel.rules import RULES, Rules, partition, shardings
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
     "current",
     "device_of",
     "distributed_start",
-    "everywhere",
+    "from_all",
     "layout_for",
     "make_mesh",
     "partition",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import itertools
 import os
 import signal
 import socket
@@ -22,7 +23,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
-import numpy as np
 
 from scjax.launch.codes import LOST, REQUEUE
 
@@ -30,11 +30,14 @@ TICK = 4.0  # seconds between two signs of life
 MISSED = 6  # ticks without one, by the watcher's own count, after which a process is taken for dead
 # Seconds until JAX itself ends all processes, from below Python: where even the watcher is stuck.
 HEARTBEAT = 50
+DAY = 86_400
 _SIGNS = "scjax/signs/"  # <process>: a number that grows, _LEFT, or _FAILED and what happened
 _NAMES = "scjax/names/"
+_TOLD = "scjax/told/"  # <question>/<process>: its answer
 _LEFT, _FAILED = "left", "!"
 _KEPT: list[Any] = []  # what a handler of signals points to
 _watch: _Watch | None = None
+_questions = itertools.count()  # the same ones, in the same order, on every process
 
 
 def distributed_start(environ: Mapping[str, str] | None = None) -> tuple[int, int]:
@@ -244,10 +247,15 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def everywhere(flag: bool) -> bool:
-    """Whether ``flag`` is set on every process."""
+def from_all(text: str) -> list[str]:
+    """What each process says here, in their order. It goes through the coordination service and not over the
+    devices, so that processes may come at any time, and from a device operation that failed."""
     if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
+        return [text]
+    from jax._src.distributed import global_state
 
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))
+    client: Any = global_state.client
+    told = f"{_TOLD}{next(_questions)}/"
+    client.key_value_set(f"{told}{jax.process_index()}", f":{text}")  # never empty
+    keys = [f"{told}{index}" for index in range(jax.process_count())]
+    return [client.blocking_key_value_get(key, 1000 * DAY).removeprefix(":") for key in keys]

@@ -16,7 +16,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import jax
@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
-from scjax.parallel import barrier, everywhere
+from scjax.parallel import barrier, from_all
 from scjax.train.state import State
 
-FAILURES = (ValueError, KeyError, TypeError, OSError, RuntimeError)  # what Orbax raises on bad or no files
+FAILURES = (ValueError, KeyError, TypeError, OSError, RuntimeError)  # what Orbax raises when it cannot write
 
 
 class CheckpointError(ValueError):
@@ -110,7 +110,8 @@ def _quiet_orbax() -> None:
     previous = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
+        told = str(unraisable.exc_value)
+        if "Event loop is closed" not in told and "error while reading array index" not in told:
             previous(unraisable)
 
     sys.unraisablehook = hook
@@ -240,24 +241,24 @@ class Checkpoints:
         """
         problems: dict[int, str] = {}
         for step in reversed(self.steps()):
-            restored = None
-            try:
-                restored = self._restore(step, abstract)
-            except CheckpointError:
-                raise
-            except FAILURES as error:
-                problems[step] = _first_line(error)
-            if everywhere(restored is not None):
-                self._set_aside(problems, step)
-                return restored
-            problems.setdefault(step, "damaged on another process")
+            with _noted(problems, step):  # each process by itself
+                meta, restored = self._read(step, abstract)
+            if self._agreed(problems, step):
+                with _noted(problems, step):  # all of them together
+                    _verify(restored.state, meta)
+                if self._agreed(problems, step):
+                    self._set_aside(problems, step)
+                    return restored
         if problems:
             told = "; ".join(f"{step}: {problem}" for step, problem in problems.items())
             raise CheckpointError(f"no checkpoint in {self.directory} can be read: {told}")
         return None
 
-    def _restore(self, step: int, abstract: State) -> Restored:
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    def _read(self, step: int, abstract: State) -> tuple[dict[str, Any], Restored]:
+        """What this process needs of a checkpoint. It waits for no other process, as Orbax's manager would:
+        one that cannot read its part would leave the others there."""
+        path = self.directory / str(step)
+        meta = json.loads((path / "meta" / "metadata").read_text())
         refuse_changes(meta["identity"], self.identity, self.directory)
         different = changes(meta["leaves"], _describe(abstract))
         if different:
@@ -266,10 +267,19 @@ class Checkpoints:
                 + "; ".join(different[:5])
                 + (f" and {len(different) - 5} more" if len(different) > 5 else "")
             )
-        items = {"state": ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore()}
-        read = self._manager.restore(step, args=ocp.args.Composite(**items))
-        _verify(read["state"], meta)
-        return Restored(read["state"], read["data"], step, meta.get("totals", {}))
+        cursor = json.loads((path / "data" / "metadata").read_text())
+        with closing(ocp.StandardCheckpointHandler()) as reader:
+            state = reader.restore(path / "state", args=ocp.args.StandardRestore(abstract))
+        return meta, Restored(state, cursor, step, meta.get("totals", {}))
+
+    @staticmethod
+    def _agreed(problems: dict[int, str], step: int) -> bool:
+        """Whether no process has a problem with a checkpoint; otherwise all note the first one's."""
+        told = from_all(problems.get(step, ""))
+        first = next((i for i, problem in enumerate(told) if problem), None)
+        if first is not None:
+            problems[step] = told[first] if len(told) == 1 else f"process {first}: {told[first]}"
+        return first is None
 
     def _set_aside(self, problems: Mapping[int, str], good: int) -> None:
         if not problems:
@@ -286,7 +296,19 @@ class Checkpoints:
         self._open()
 
 
-def _first_line(error: Exception) -> str:
+@contextmanager
+def _noted(problems: dict[int, str], step: int) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of an array that it cannot read Orbax raises just that
+        problems[step] = _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    if type(error) is Exception and error.__cause__:  # Orbax says which part of an array, its cause says why
+        error = error.__cause__
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
@@ -349,13 +371,13 @@ def restore_variables(
             raise CheckpointError(f"checkpoint {path} holds another model: {'; '.join(different[:5])}")
         arguments = ocp.checkpoint_utils.construct_restore_args(target)
         restore = ocp.args.PyTreeRestore(target, restore_args=arguments, partial_restore=True)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with closing(ocp.PyTreeCheckpointHandler()) as reader:  # waits for no other process
             variables = reader.restore(path / "state", args=restore)
         _verify(variables, meta)
         if averaged:
             variables["params"] = variables.pop("ema")
     except CheckpointError:
         raise
-    except FAILURES as error:
+    except Exception as error:  # noqa: BLE001 - of an array that it cannot read Orbax raises just that
         raise CheckpointError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
     return variables, int(path.name)
