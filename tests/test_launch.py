@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -52,6 +53,7 @@ def test_an_experiment_is_its_script_and_flags(experiment):
         (["--config=x"], ConfigError, "after -- goes the experiment"),
         (["experiments/pretran.py"], FileNotFoundError, "did you mean 'experiments/pretrain.py'"),
         (WORDS[:2], ConfigError, "has no --workdir"),
+        ([*WORDS[:2], "--workdir=gs://lab/x"], ConfigError, "gs://lab/x is a URL, .* a path; mount"),
         ([WORDS[0], "--config=configs/scgtp.py:smoke", WORDS[2]], FileNotFoundError, "'configs/scgpt.py'"),
         ([*WORDS, "--config.train.step=5"], ConfigError, "train.step; did you mean 'config.train.steps'"),
         ([*WORDS, "--config.validation.probe_group=x"], ConfigError, "must be written into the file"),
@@ -127,21 +129,26 @@ def test_a_batch_script(capsys):
     assert not (runs.ROOT / "runs" / "x y").exists()
 
 
-def answers(tmp_path, script, *, code, state="RUNNING", ping=0):
+def answers(tmp_path, script, *, code, state="RUNNING", ping=0, array="", squeue=0):
     """What the script does when the run ends with ``code``: with commands in the place of Slurm's that
-    answer as Slurm does (tests/test_slurm.py has the real one)."""
+    answer as Slurm does (tests/test_slurm.py has the real one). ``array``: the id of the job array of which
+    this is the task that has the same id; ``squeue``: how often that fails first."""
     done = tmp_path / "done"
     done.unlink(missing_ok=True)
+    (tmp_path / "fails").write_text(squeue * "once more\n")
     for name, body in {
         "srun": f"case $* in *overlap*) exit {ping} ;; esac\n"
         f'printf "%s\\n" "$@" >{tmp_path}/words\nexit {code}',
-        "squeue": f"echo {state}",
+        "squeue": f"[ ! -s {tmp_path}/fails ] || {{ sed -i 1d {tmp_path}/fails; exit 1; }}\necho {state}\n"
+        f'case $* in *"-j {array or "none"} "*) echo {state} ;; esac',  # another task of the array
         "scontrol": f'echo "$@" >{done}',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "2"}
-    environment["SLURM_ARRAY_TASK_ID"] = "1"
+    environment["SCJAX_POLL"] = "0"
+    if array:
+        environment |= {"SLURM_JOB_ID": array, "SLURM_ARRAY_JOB_ID": array, "SLURM_ARRAY_TASK_ID": "1"}
     ended = subprocess.run(["bash"], input=script, text=True, capture_output=True, env=environment)
     return ended.returncode, done.read_text().strip() if done.exists() else "", ended.stdout
 
@@ -155,6 +162,8 @@ def test_what_the_batch_script_does_when_the_run_ends(capsys, tmp_path):
     assert answers(tmp_path, script, code=1)[:2] == (1, "")  # an error of the run
     assert answers(tmp_path, script, code=REQUEUE)[:2] == (REQUEUE, requeued)
     assert answers(tmp_path, script, code=REQUEUE, state="COMPLETING")[:2] == (REQUEUE, "")  # cancelled
+    assert answers(tmp_path, script, code=REQUEUE, squeue=99)[:2] == (REQUEUE, requeued)  # who knows
+    assert answers(tmp_path, script, code=REQUEUE, squeue=1, state="COMPLETING")[:2] == (REQUEUE, "")
     code, did, said = answers(tmp_path, script, code=1, ping=1)
     assert (code, did) == (1, requeued) and "a node does not answer" in said
     for crash in range(3):  # killed: so many times, and no more
@@ -165,7 +174,7 @@ def test_what_the_batch_script_does_when_the_run_ends(capsys, tmp_path):
 def test_a_sweep_is_a_job_array(capsys, tmp_path):
     script = script_of(capsys, "--sweep=config.seed=0,1,2", "--at-once=2", "--python=/my py")
     assert "#SBATCH --array=0-2%2\n" in script and "launch/%A_%a.out" in script
-    answers(tmp_path, script, code=0)
+    answers(tmp_path, script, code=0, array="12")
     words = (tmp_path / "words").read_text().splitlines()
     assert words[-5:] == [
         "/my py",
@@ -174,6 +183,21 @@ def test_a_sweep_is_a_job_array(capsys, tmp_path):
         "--config.seed=1",
         "--workdir=runs/x y/seed=1",
     ]
+
+
+def test_a_task_of_a_job_array_goes_back_to_the_queue_alone(capsys, tmp_path):
+    """Also the one whose id is that of the array."""
+    there = tmp_path / "a run"
+    (there / "launch").mkdir(parents=True)
+    experiment = [*WORDS[:2], f"--workdir={there}"]
+    script = script_of(capsys, "--sweep=config.seed=0,1", "--restarts=1", experiment=experiment)
+    given = {"array": "12"}
+    assert answers(tmp_path, script, code=REQUEUE, **given)[:2] == (REQUEUE, "requeue 12_1")
+    assert answers(tmp_path, script, code=REQUEUE, state="COMPLETING", **given)[:2] == (REQUEUE, "")
+    assert answers(tmp_path, script, code=REQUEUE, squeue=99, **given)[:2] == (REQUEUE, "requeue 12_1")
+    for did in ("requeue 12_1", ""):
+        assert answers(tmp_path, script, code=137, **given)[:2] == (137, did)
+    assert [file.name for file in (there / "launch").iterdir()] == ["crashes.12_1"]
 
 
 def test_slurm_that_is_not_there_is_told(capsys, monkeypatch):
@@ -239,7 +263,7 @@ def test_a_jobset_keeps_to_the_published_schema(capsys):
     assert container["command"][1:] == WORDS and container["workingDir"] == "/work"
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "8", "memory": "120Gi"}
     assert {v["name"] for v in pod["volumes"]} == {v["name"] for v in container["volumeMounts"]}
-    # leaving with 75 or losing the node costs no restart, anything else does
+    # leaving with 75 or being taken away by Kubernetes costs no restart, anything else does
     [saved, lost] = spec["podFailurePolicy"]["rules"]
     assert saved["onExitCodes"]["values"] == [REQUEUE] and pod["restartPolicy"] == "Never"
     assert lost["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
@@ -247,6 +271,26 @@ def test_a_jobset_keeps_to_the_published_schema(capsys):
     assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
     assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
     assert job["spec"]["failurePolicy"]["maxRestarts"] == 3
+
+
+def test_one_pod_is_a_run_by_itself(capsys):
+    """Though Kubernetes gives it the index of an indexed job: JAX must not ask the cluster for the others."""
+    [job] = jobsets(capsys)
+    pod = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    variables = {v["name"]: v.get("value") for v in pod["containers"][0]["env"]}
+    host, _, _ = variables["JAX_COORDINATOR_ADDRESS"].partition(":")
+    assert host == "x-y-run-0-0.x-y" and variables["JAX_NUM_PROCESSES"] == "1"
+    given = variables | {  # and what Kubernetes makes of it
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{runs.free_port()}",
+        "JAX_PROCESS_ID": "0",
+        "JOB_COMPLETION_INDEX": "0",
+        "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    code = "from scjax.parallel.processes import distributed_start; print(distributed_start())"
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, env=os.environ | given, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and ended.stdout == "(0, 1)\n", ended.stderr
 
 
 def test_a_sweep_is_a_jobset_for_each_run(capsys):
@@ -271,7 +315,10 @@ GCLOUD = """#!/bin/bash
 echo "$@" >>{0}/calls
 state=$(cat {0}/state 2>/dev/null)
 case $* in
-*describe*) [ -n "$state" ] || exit 1; echo "$state" ;;
+*describe*)
+    [ ! -e {0}/blind ] || {{ rm {0}/blind; echo "ERROR: (gcloud) UNAVAILABLE: try again" >&2; exit 1; }}
+    [ -n "$state" ] || {{ echo "ERROR: (gcloud) NOT_FOUND: Resource 'x-y' was not found" >&2; exit 1; }}
+    echo "$state" ;;
 *create*) echo ACTIVE >{0}/state ;;
 *delete*) rm {0}/state ;;
 *ssh*)
@@ -279,6 +326,7 @@ case $* in
     [[ $command == *status* ]] || exit 0
     code=$(head -1 {0}/codes); sed -i 1d {0}/codes
     [ "$code" != taken ] || {{ echo SUSPENDED >{0}/state; exit 0; }}
+    [ "$code" != blind ] || {{ touch {0}/blind; code=1; }}
     echo "on two machines: scjax exit status $code"; echo "scjax exit status ${{code/70/75}}"
     ;;
 esac
@@ -317,6 +365,25 @@ def test_a_run_that_fails_on_a_pod_is_not_started_for_ever(capsys, tmp_path):
     code, calls, said = pod(capsys, tmp_path, 5 * ["1"], "--restarts=2")
     assert code == 1 and sum("ssh" in call for call in calls) == 1 + 3
     assert "still ours" in said and not any("delete" in call for call in calls)
+
+
+def test_a_gcloud_that_fails_tells_nothing_of_the_pod(capsys, tmp_path):
+    """Here when it is asked why the run ended: the pod was not taken, and the run that failed is counted."""
+    code, calls, said = pod(capsys, tmp_path, ["blind", "1", "0"], "--restarts=1")
+    assert code == 1 and sum("create" in call for call in calls) == 1 and "taken" not in said
+    assert "asked again: ERROR: (gcloud) UNAVAILABLE" in said and "still ours" in said
+
+
+def test_a_gcloud_that_fails_at_once_is_heard(capsys, tmp_path):
+    (tmp_path / "blind").touch()
+    code, calls, said = pod(capsys, tmp_path, ["0"])
+    assert code == 1 and calls == [] and said == "ERROR: (gcloud) UNAVAILABLE: try again\n"
+
+
+def test_the_help_for_pods_says_where_runs_go(capsys):
+    with pytest.raises(SystemExit):
+        main(["launch", "tpu", "--help"])
+    assert "--workdir must be a path that all machines of the pod share" in capsys.readouterr().out
 
 
 def test_jax_is_told_to_look_for_the_machines_of_a_pod():

@@ -202,6 +202,17 @@ def test_a_sweep_is_a_job_array(submit, place):
     assert len(first) == len(second) == 6 and first != second
 
 
+def test_tasks_of_a_job_array_go_back_to_the_queue_one_by_one(submit, tmp_path):
+    """Each once, though one of them has the id of the whole array, and all leave while the others run."""
+    script, workdir = dummy(tmp_path, "time.sleep(5)\nsys.exit(75 if start == 0 else 0)")
+    experiment = [script, f"--config={runs.ROOT / 'tests' / 'tiny_config.py'}", workdir]
+    job = submit("--sweep=config.seed=0,1,2", experiment=experiment)
+    tasks = [f"{job}_{i}" for i in range(3)]
+    assert [ended(task) for task in tasks] == 3 * ["COMPLETED"], story(tmp_path / "a run")
+    assert [state(task, "Restarts") for task in tasks] == 3 * ["1"], story(tmp_path / "a run")
+    assert job in [state(task, "JobId") for task in tasks]
+
+
 # ------------------------------------------------- what a run can do, by scripts that do it at once
 def dummy(tmp_path: Path, body: str) -> list[str]:
     (tmp_path / "dummy.py").write_text(

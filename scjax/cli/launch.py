@@ -181,6 +181,7 @@ def add_commands(commands: Any) -> None:
     )
 
     command = _add(kinds, "tpu", tpu, "a pod of Google Cloud, asked for again when it is taken")
+    command.epilog = "--workdir must be a path that all machines of the pod share: a mounted disk or bucket"
     command.add_argument("--accelerator", required=True, metavar="TYPE", help="such as v5litepod-64")
     command.add_argument("--runtime", required=True, metavar="VERSION", help="such as v2-alpha-tpuv5-lite")
     command.add_argument("--zone", required=True)
@@ -188,7 +189,10 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--spot", action="store_true", help="cheaper, and may be taken at any time")
     command.add_argument("--reserved", action="store_true", help="from a reservation")
     command.add_argument(
-        "--setup", action="append", metavar="LINE", help="makes a new machine ready; repeatable"
+        "--setup",
+        action="append",
+        metavar="LINE",
+        help="makes a new machine ready: installs scjax, mounts what holds --workdir; repeatable",
     )
     command.add_argument(
         "--directory", metavar="DIR", help="of the experiment on the machines (default: scjax)"

@@ -73,7 +73,8 @@ def read_experiment(words: Sequence[str]) -> Experiment:
 
     Raises:
       FileNotFoundError: no such script or config file.
-      ConfigError: no script, no ``--workdir``, or an override that the config file does not take.
+      ConfigError: no script, no ``--workdir`` or one that is no path, or an override that the config file
+        does not take.
     """
     if not words or words[0].startswith("-"):
         raise ConfigError(
@@ -87,6 +88,11 @@ def read_experiment(words: Sequence[str]) -> Experiment:
     workdir, rest = _take(given, "workdir")
     if workdir is None:
         raise ConfigError(f"{script} has no --workdir: each run needs a directory of its own")
+    if re.match(r"[A-Za-z][\w+.-]*://", workdir):
+        raise ConfigError(
+            f"--workdir={workdir} is a URL, but a run directory is a path; mount what it names where the run "
+            "runs, on all machines at the same place, and give the path of that"
+        )
     experiment = Experiment(script, tuple(rest), workdir)
     read_config(experiment.flags)
     return experiment

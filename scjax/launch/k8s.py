@@ -34,8 +34,10 @@ class K8sOptions:
       claims: persistent volume claims and where they appear: ``runs=/mnt/runs``.
       directory: where in the container the experiment lies; by default that of the image.
       namespace: of everything.
-      restarts: how often a run that crashed is started again; one that saved itself or lost its node
-        always is.
+      restarts: how often a run that crashed is started again. One that saved itself always is, and one of
+        whose pods Kubernetes itself has taken away before another of them failed. A node that is suddenly
+        gone is no such case for several pods: they end within a minute, long before Kubernetes gives the
+        node up, and that counts as a crash.
       notice: seconds that a pod has to save itself once it is asked to leave.
     """
 
@@ -108,15 +110,15 @@ def _jobset(
     python: str,
     environment: Mapping[str, str],
 ) -> dict[str, Any]:
-    variables: list[dict[str, Any]] = [{"name": "PYTHONUNBUFFERED", "value": "1"}]
-    if options.nodes > 1:
-        index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-        variables += [
-            {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{name}-run-0-0.{name}:{PORT}"},
-            {"name": "JAX_NUM_PROCESSES", "value": str(options.nodes)},
-            {"name": "JAX_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": index}}},
-        ]
-    variables += [{"name": key, "value": value} for key, value in environment.items()]
+    index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    variables: list[dict[str, Any]] = [
+        {"name": "PYTHONUNBUFFERED", "value": "1"},
+        # for one pod too: an indexed job looks like one of several, and JAX would ask the cluster
+        {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{name}-run-0-0.{name}:{PORT}"},
+        {"name": "JAX_NUM_PROCESSES", "value": str(options.nodes)},
+        {"name": "JAX_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": index}}},
+        *({"name": key, "value": value} for key, value in environment.items()),
+    ]
     limits = dict(options.resources)
     if options.gpus:
         limits["nvidia.com/gpu"] = str(options.gpus)

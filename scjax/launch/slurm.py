@@ -26,10 +26,20 @@ code=0
 srun --kill-on-bad-exit=0 --wait=60 \
     {command} {of_point} || code=$?
 
-requeue() {{ # unless the job is being cancelled or started again by Slurm already
-    [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ] || exit "$code"
+# of a job array this task alone: one of them has the id of the array as its own, which stands for all of them
+job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+job=${{job:-$SLURM_JOB_ID}}
+requeue() {{ # unless Slurm says that the job is being cancelled or started again already
+    local state tries=0
+    # Slurm does not answer, or squeue was told to leave with its job, which is gone before it is asked again
+    until state=$(squeue -h -j "$job" -o %T); do
+        state=RUNNING
+        [ $((tries += 1)) -lt 6 ] || break
+        sleep "${{SCJAX_POLL:-10}}"
+    done
+    [ "$state" = RUNNING ] || exit "$code"
     echo "launch: $1 (exit status $code); back to the queue"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$job"
     exit "$code"
 }}
 case $code in
@@ -40,7 +50,7 @@ n=$SLURM_JOB_NUM_NODES
 timeout 60 srun --overlap --nodes="$n" --ntasks="$n" --ntasks-per-node=1 true ||
     requeue "a node does not answer"
 if [ "$code" -gt 128 ]; then # killed, or lost to the others: no memory, a fault of the machine
-    crashes={directory}/crashes.$SLURM_JOB_ID
+    crashes={directory}/crashes.$job
     echo "$(date) exit status $code" >>"$crashes"
     [ "$(wc -l <"$crashes")" -gt {restarts} ] || requeue "a process was lost"
 fi

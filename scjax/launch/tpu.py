@@ -1,6 +1,8 @@
 """A script for TPU pods on Google Cloud: asks for a pod, runs on all machines, asks again when it is taken.
 
-The script runs wherever ``gcloud`` is signed in, for as long as the run takes.
+The script runs wherever ``gcloud`` is signed in, for as long as the run takes. The machines of a pod, and
+those of the next one, share nothing by themselves: ``--workdir`` must be a path that all of them have mounted
+(Filestore, or a bucket by Cloud Storage FUSE), which the lines of ``setup`` can do.
 https://cloud.google.com/tpu/docs/queued-resources
 """
 
@@ -22,7 +24,18 @@ TEMPLATE = r"""#!/bin/bash
 set -u -o pipefail
 name={name}
 tpus() {{ gcloud compute tpus "$@" --zone={zone}{project}; }}
-state() {{ tpus queued-resources describe "$name" --format='value(state.state)' 2>/dev/null; }}
+errors=$(mktemp)
+trap 'rm -f "$errors"' EXIT
+describe() {{ # says nothing where there is no pod; fails where gcloud does
+    tpus queued-resources describe "$name" --format='value(state.state)' 2>"$errors" ||
+        grep -q NOT_FOUND "$errors"
+}}
+state() {{ # a gcloud that fails tells nothing of the pod: it is asked again
+    until describe; do
+        echo "launch: gcloud does not tell how $name is, and is asked again: $(cat "$errors")" >&2
+        sleep "${{SCJAX_POLL:-30}}"
+    done
+}}
 release() {{ tpus queued-resources delete "$name" --force --quiet; }}
 everywhere() {{ tpus tpu-vm ssh "$name" --worker=all --command="$1" 2>&1; }}
 
@@ -71,6 +84,7 @@ run() {{ # a command on all machines of the pod, as often as it takes
 }}
 
 fresh=0
+describe >/dev/null || {{ cat "$errors" >&2; exit 1; }} # while there is nothing to lose
 {runs}
 release
 """
@@ -87,7 +101,8 @@ class TpuOptions:
       project: of the account; by default that of gcloud.
       spot: cheaper, and may be taken at any time.
       reserved: from a reservation.
-      setup: shell lines that make a new machine ready: fetch the code, install scjax.
+      setup: shell lines that make a new machine ready: fetch the code, install scjax, mount what holds the
+        run directory.
       directory: where on the machines the experiment lies.
       restarts: how often a run that failed is started again; one that saved itself or lost its pod always is.
     """
