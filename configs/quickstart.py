@@ -68,6 +68,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "probe_every": 300,
             "checkpoint_every": 300,
             "keep": 2,
+            "guard": {"limit": 0.0},
         }
     )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})

@@ -35,7 +35,6 @@ from scjax.train import (
     RunConfig,
     RunProgress,
     Status,
-    TooManySkipped,
     abstract_state,
     checkpoint_steps,
     compile_ahead,
@@ -59,7 +58,11 @@ from scjax.train import (
     results,
 )
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, FILE.py or FILE.py:ARG.")
+_CONFIG = config_flags.DEFINE_config_file(
+    *("config", None, "The config file, FILE.py or FILE.py:ARG."),
+    # fields that the file leaves at their defaults can be given too; what is none is told by from_config
+    **{"lock_config": False, "accept_new_attributes": True},
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory: new, or that of a run to resume.")
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -112,7 +115,7 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
     capture(run.path)
 
     # ---------------------------------------------------------------------------------- loop
-    steps, leaving = config.train.steps, False
+    steps, leaving, overdue = config.train.steps, False, False
     status, progress = Status(run.path, step, steps), RunProgress(steps, step)
     log = MetricsLog(run.path, None if restored is None else step, config.train.wandb)
     profile = Profile(run.path, config.train.profile, step)
@@ -131,54 +134,55 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
             train_step = compile_ahead(train_step, abstract, loader)
             eval_step = compile_ahead(eval_step, abstract, validation) if validation else eval_step
             progress.say(f"training step: {train_step}")
+            schedule(step)  # compiles, too
         if probe is not None and step == 0:
             progress.say(probe.about)
             log.write(step, probe(state))  # where the curves start: what the architecture alone can do
-        try:
-            while step < steps and not leaving:
-                with meter.time("input_wait"):
-                    batch = next(batches)
-                state, metrics = train_step(state, batch)
-                step += 1
-                profile.after(step, metrics)
-                meter.add(step, metrics)  # reads the step before, while the device is at this one
-                progress.advance(step)
-                status.at(step)
-                leaving = preemption.reached(step)
-                saving = config.train.due(config.train.checkpoint_every, step)
-                validating = validation is not None and config.train.due(config.train.eval_every, step)
-                probing = probe is not None and config.train.due(config.train.probe_every, step)
+        while step < steps and not leaving:
+            with meter.time("input_wait"):
+                batch = next(batches)
+            state, metrics = train_step(state, batch)
+            step += 1
+            profile.after(step, metrics)
+            meter.add(step, metrics)  # reads the step before, while the device is at this one
+            progress.advance(step)
+            status.at(step)
+            leaving = preemption.reached(step)
+            saving = overdue or config.train.due(config.train.checkpoint_every, step)
+            validating = validation is not None and config.train.due(config.train.eval_every, step)
+            probing = probe is not None and config.train.due(config.train.probe_every, step)
 
-                if saving or validating or probing or config.train.due(config.train.log_every, step):
-                    means = meter.mean("train")  # raises on a non-finite loss, before anything is saved
-                    taken = step - int(means.get("train/skipped_total", 0))
-                    means["train/learning_rate"] = float(schedule(taken - 1))
-                    log.write(step, means)
-                    progress.show(step, means)
-                    checkpoints.check()
+            if saving or validating or probing or config.train.due(config.train.log_every, step):
+                means = meter.mean("train")  # raises on a non-finite loss, before anything is saved
+                taken = step - int(means.get("train/skipped_total", 0))
+                means["train/learning_rate"] = float(schedule(taken - 1))
+                log.write(step, means)
+                progress.show(step, means)
+                checkpoints.check()
 
-                if leaving:  # before all else: there may be little time
-                    checkpoints.save(step, state, batches.get_state(), meter.totals())
-                    progress.say(f"told to leave: saving step {step:,}")
+            if leaving:  # before all else: there may be little time
+                totals = meter.totals()
+                progress.say(f"told to leave after step {step:,}")
+                if not meter.skipping:
+                    checkpoints.save(step, state, batches.get_state(), totals)
 
-                if validating:
-                    held_out = Meter()
-                    with meter.time("evaluate"), closing(Prefetch(iter(validation), mesh)) as cells:
-                        for batch in itertools.islice(cells, config.validation.max_batches):
-                            held_out.add(step, eval_step(state, batch))
-                        means = held_out.mean("validation")
-                    log.write(step, means | masked_gap(means))
+            if validating:
+                held_out = Meter()
+                with meter.time("evaluate"), closing(Prefetch(iter(validation), mesh)) as cells:
+                    for batch in itertools.islice(cells, config.validation.max_batches):
+                        held_out.add(step, eval_step(state, batch))
+                    means = held_out.mean("validation")
+                log.write(step, means | masked_gap(means))
 
-                if probing:
-                    with meter.time("evaluate"):
-                        log.write(step, probe(state))
+            if probing:
+                with meter.time("evaluate"):
+                    log.write(step, probe(state))
 
-                if saving:
-                    with meter.time("checkpoint"):
-                        checkpoints.save(step, state, batches.get_state())
-        except TooManySkipped:  # what is on the devices is good: skipped steps have not touched it
-            checkpoints.save(step, state, batches.get_state())
-            raise
+            # a step that wrecked the model shows in those after it, which are skipped: not before a good one
+            overdue = saving and meter.skipping and step < steps
+            if saving and not overdue:
+                with meter.time("checkpoint"):
+                    checkpoints.save(step, state, batches.get_state())
 
     # -------------------------------------------------------------------------------- finish
     if process == 0 and not leaving:

@@ -32,8 +32,8 @@ class NonFiniteLoss(FloatingPointError):
 
 
 class TooManySkipped(FloatingPointError):
-    """So many bad steps were skipped that something must be wrong. What is on the devices is good: a skipped
-    step changes nothing."""
+    """So many bad steps were skipped that something must be wrong: the data, or a step before them, whose
+    loss was good, and after which the model was not."""
 
 
 class Meter:
@@ -43,6 +43,9 @@ class Meter:
     never makes the device wait. Every step is checked: a non-finite loss or gradient raises at the
     latest when its mean is asked for, so whoever calls :meth:`mean` before saving saves no state that a
     bad step has touched. Steps that :mod:`scjax.train.guard` skipped are counted.
+
+    Attributes:
+      skipping: whether the step read last was skipped.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Meter:
           (``MetricsLog.productive``).
         totals: :meth:`totals` of the run that this one goes on with.
         """
+        self.skipping = False
         self._pending: tuple[int, Metrics] | None = None
         self._totals: dict[str, list[float]] = {name: list(sums) for name, sums in (totals or {}).items()}
         self._skipped: collections.deque[str] = collections.deque(maxlen=TOLD)
@@ -106,20 +110,21 @@ class Meter:
         if step != self._first:
             self._work = {name: self._work[name] + work[name] for name in WORK}
         skipped_loss, skipped_norm = (values.pop(f"skipped_{of}", (0.0, 0.0)) for of in ("loss", "grad_norm"))
-        if values.get("skipped", (0.0,))[0]:
+        self.skipping = values.get("skipped", (0.0,))[0] > 0
+        if self.skipping:
             self._skipped.append(f"{step} (loss {skipped_loss[0]:.4g}, grad norm {skipped_norm[0]:.4g})")
         if values.pop("guard_full", (0.0,))[0]:
             raise TooManySkipped(
                 f"{values['skipped_total'][0]:.0f} bad steps have been skipped, the last of them: step "
-                f"{', '.join(self._skipped)}. None of them changed anything. A lower "
-                "optimizer.learning_rate, a longer warm-up or a look at the data may help; train.guard.limit "
-                "says how many are borne"
+                f"{', '.join(self._skipped)}. None of them changed anything, nor was one followed by a "
+                "checkpoint: the last one is from before. Go on from there with a lower "
+                "optimizer.learning_rate, or look at the data; train.guard.limit says how many are borne"
             )
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values.get(name, (0.0,))[0])]
         if bad:
             told = ", ".join(f"{name.replace('_', ' ')} {values[name][0]}" for name in bad)
             raise NonFiniteLoss(
-                f"step {step}: {told}. Nothing from this step on is saved: the last checkpoint is good. A "
+                f"step {step}: {told}. Nothing from this step on is saved; checkpoints are from before. A "
                 "lower optimizer.learning_rate, a longer warm-up or a smaller clip_norm may help"
             )
         for name, (total, weight) in values.items():

@@ -1,8 +1,8 @@
 """Preemption: a run that is told to go saves itself and leaves, to be started again.
 
-Notice is given by SIGTERM (Slurm, Kubernetes, cloud machines), by SIGUSR1 (``sbatch --signal``), or by a file
-or URL that is watched. All processes of a run leave at the same step: JAX's preemption service agrees on one,
-see ``jax.experimental.multihost_utils.reached_preemption_sync_point``.
+Notice is given by SIGTERM (Slurm, Kubernetes, cloud machines), by SIGUSR1 (``sbatch --signal``), by Ctrl-C,
+or by a file or URL that is watched. All processes of a run leave at the same step: JAX's preemption service
+agrees on one, see ``jax.experimental.multihost_utils.reached_preemption_sync_point``.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Preemption:
 
     def __enter__(self) -> Preemption:
         joined = jax.distributed.is_initialized()  # JAX then listens to SIGTERM, below Python
-        signals = (signal.SIGUSR1,) if joined else (signal.SIGTERM, signal.SIGUSR1)
+        signals = (signal.SIGINT, signal.SIGUSR1, *(() if joined else (signal.SIGTERM,)))
         self._previous = {number: signal.signal(number, self._on_signal) for number in signals}
         if self._notice:
             threading.Thread(target=self._watch, args=(self._notice,), daemon=True).start()
@@ -83,6 +83,10 @@ class Preemption:
         return self._leaving
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and (self._noticed or self._leaving or not self._running):
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            print("Ctrl-C: saving after this step; once more stops at once", file=sys.stderr, flush=True)
         self._noticed = True
         if not self._running and not jax.distributed.is_initialized():
             self._leaving = True

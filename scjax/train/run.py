@@ -183,9 +183,12 @@ def open_run(path: str | pathlib.Path, model: Mapping[str, Any], vocabulary: Voc
       vocabulary: genes of the model.
 
     Raises:
+      ValueError: the path is a URL.
       FileExistsError: the directory holds something that is not a run, or is a file.
       CheckpointError: it holds a run of another seed, corpus, model or vocabulary; names what differs.
     """
+    if "://" in str(path):
+        raise ValueError(f"{path}: a run needs a directory that all its processes see, not a URL; mount it")
     path = pathlib.Path(path)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; a run needs a directory")
