@@ -156,7 +156,7 @@ def story(workdir: Path) -> str:
     return "\n".join([*output(workdir).splitlines()[-200:], *log.read_text().splitlines()[-50:]])
 
 
-@pytest.mark.parametrize("node", ["scjax-node2", "scjax-node1"])
+@pytest.mark.parametrize("node", ["scjax-node2", pytest.param("scjax-node1", marks=pytest.mark.full)])
 def test_a_run_outlives_its_nodes(slurm, submit, place, undisturbed, node):
     """One of its two nodes dies, with the batch script or without: the job goes back to the queue, goes on
     from the last checkpoint once there are two nodes again, and ends as if nothing had happened."""
@@ -236,6 +236,7 @@ def test_a_job_that_is_cancelled_stays_cancelled(submit, tmp_path):
     assert state(job, "JobState") == "CANCELLED" and state(job, "Restarts") == "0"
 
 
+@pytest.mark.full  # a minute of waiting
 def test_a_run_is_told_ahead_of_its_time_limit(submit, tmp_path):
     """And goes back to the queue for as long again."""
     leaves = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\nif start == 0: time.sleep(600)"
@@ -245,6 +246,7 @@ def test_a_run_is_told_ahead_of_its_time_limit(submit, tmp_path):
     assert "the run saved itself (exit status 75)" in output(tmp_path / "a run")
 
 
+@pytest.mark.full  # a minute of waiting
 def test_a_run_that_crashes_is_started_again_so_many_times(submit, tmp_path):
     crashes = "if os.environ['SLURM_PROCID'] == '1': os.kill(os.getpid(), signal.SIGKILL)\nsys.exit(1)"
     job = submit("--nodes=2", "--restarts=1", experiment=dummy(tmp_path, crashes))
