@@ -187,7 +187,7 @@ def test_the_page_tells_how_a_run_was_started(tmp_path):
     assert main(["runs", "report", str(run)]) == 0
     text = (run / "run.html").read_text()
     assert f"<dt>versions</dt><dd>Python {platform.python_version()}, scjax" in text
-    assert re.search("<dt>command</dt><dd>.*pytest", text)
+    assert re.search("<dt>command</dt><dd>.*python", text)
     for content in ("[]", "{}", "[{}]"):
         (run / "environment.json").write_text(content)
         assert main(["runs", "report", str(run)]) == 0
