@@ -162,9 +162,9 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
 
             if leaving:  # before all else: there may be little time
                 totals = meter.totals()
-                progress.say(f"told to leave after step {step:,}")
                 if not meter.skipping:
                     checkpoints.save(step, state, batches.get_state(), totals)
+                    progress.say(f"told to leave: saving step {step:,}")
 
             if validating:
                 held_out = Meter()
