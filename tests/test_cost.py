@@ -176,7 +176,7 @@ def test_four_billion_parameters_for_1024_devices_are_lowered(platform):
     device = "H100" if platform == "cuda" else "TPU v5p"
     this = job((16, 64, 1), n_genes=25_424, devices=1024, batch=1024, length=4096, model=FOUR_BILLION)
     this = Job(this.config, this.n_genes, 1024, device, 4096)
-    assert this.n_parameters() > 4e9
+    assert this.n_parameters > 4e9
     assert lower(this, platform)["bytes"] > 1e5
 
 

@@ -62,6 +62,21 @@ def test_before_the_first_step_it_leaves_at_once(number, capsys):
     assert f"{number.name} before the first step" in capsys.readouterr().err
 
 
+def test_ctrl_c_saves_and_the_second_stops(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), Preemption():
+        os.kill(os.getpid(), signal.SIGINT)  # nothing to save yet
+        time.sleep(10)
+    with pytest.raises(KeyboardInterrupt), Preemption() as preemption:
+        assert not preemption.reached(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert preemption.reached(2)
+        assert "Ctrl-C: saving" in capsys.readouterr().err
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_file_gives_notice_by_being_there(tmp_path, monkeypatch):
     monkeypatch.setattr("scjax.train.preemption.POLL", 0.01)
     notice = tmp_path / "go"

@@ -125,6 +125,17 @@ def test_a_non_finite_loss_stops_the_run(place, bad_step):
     assert [line["step"] for line in runs.metrics(workdir)][-1] < bad_step
 
 
+def test_no_checkpoint_follows_a_step_that_wrecked_the_model(place):
+    workdir = place / "wrecked"
+    few = {"train__checkpoint_every": 3, "train__log_every": 2, "train__guard": "{'limit': 5.0}"}
+    runs.pretrain("tests/tiny_config.py", workdir, **options(place, train__steps=6, **few))
+    far = {"train__steps": 40, "train__eval_every": 100, "optimizer__learning_rate": 1e30}
+    output = runs.pretrain("tests/tiny_config.py", workdir, succeed=False, **options(place, **few, **far))
+    assert "TooManySkipped: 5 bad steps have been skipped" in output.splitlines()[-1]
+    assert checkpoint_steps(workdir / "checkpoints") == [3, 6]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(read_model(workdir)["params"]))
+
+
 def test_a_misspelt_key_is_told(place):
     workdir = place / "misspelt"
     config = place / "misspelt.py"

@@ -14,11 +14,13 @@ import numpy as np
 
 from scjax import __version__
 from scjax.cli import runs
+from scjax.cli.shared import write_whole
 from scjax.eval.environment import missing
 from scjax.eval.figures import INK, PALETTE, RULE, blank, styled, svg
+from scjax.eval.pictures import BASELINES
 
 POINTS = 1000  # of a curve; of more, neighbours are averaged
-NOTHING = {"masked_mse": "gene_mean_mse", "masked_ce": "frequency_ce"}  # error -> that of knowing nothing
+NOTHING = {error: least for error, (least, _) in BASELINES.items()}  # error -> that of knowing nothing
 APART = ("grad_norm", "learning_rate", "skipped", "skipped_total")  # of train/: shown as optimisation
 SPENT = {"step": "steps", "input_wait": "waiting for input", "checkpoint": "saving", "evaluate": "judging"}
 NAMES = {
@@ -47,7 +49,6 @@ def write(paths: Sequence[Path], page: Path) -> Path:
     import jinja2
 
     states = [runs.read_state(path) for path in paths]
-    page.parent.mkdir(parents=True, exist_ok=True)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -56,9 +57,7 @@ def write(paths: Sequence[Path], page: Path) -> Path:
     )
     environment.filters["address"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
     text = environment.get_template("run_page.html.j2").render(**contents(states))
-    partial = page.with_name(f".{page.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, page)
+    write_whole(lambda partial: partial.write_text(text, encoding="utf-8"), str(page))
     return page
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from scjax.config import ConfigError
+from scjax.config import ConfigError, from_config
 from scjax.models import resolve
 from scjax.parallel import MeshConfig
 from scjax.train.guard import GuardConfig
@@ -128,7 +128,9 @@ class RunConfig:
     tables: dict[str, str | None] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.data.max_genes is not None and getattr(resolve(self.system)[0], "WHOLE_CELLS", False):
+        model, config_class = resolve(self.system)
+        from_config(config_class, self.model, where="config.model")  # tells a misspelt field before any work
+        if self.data.max_genes is not None and getattr(model, "WHOLE_CELLS", False):
             raise ConfigError(
                 f"data.max_genes is {self.data.max_genes}, but {self.system} reads all genes of a cell: "
                 "those left out would pass for not expressed. A model that needs a limit has its own"

@@ -11,6 +11,7 @@ are up to twice as large; and it has no kernel for attention, for which "chunked
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -25,7 +26,6 @@ from jax.sharding import AbstractMesh, AxisType
 
 from scjax.config import from_config
 from scjax.models import build
-from scjax.nn import shapes_of
 from scjax.nn.work import late_work
 from scjax.parallel import AXES, Layout, Plan, choose, device_of, make_mesh
 from scjax.train.ahead import abstract_batch, device_bytes
@@ -33,7 +33,7 @@ from scjax.train.config import RunConfig
 from scjax.train.data import micro_batches
 from scjax.train.hlo import partitioned, work
 from scjax.train.optimizer import make_optimizer
-from scjax.train.state import State, abstract_state
+from scjax.train.state import State, abstract_state, count_parameters
 from scjax.train.step import make_train_step
 from scjax.train.width import model_of
 
@@ -66,19 +66,20 @@ class Job:
     def slots(self) -> int:
         return self.length or min(self.config.model.get("max_length", self.n_genes), self.n_genes)
 
+    @functools.cached_property
+    def n_parameters(self) -> int:
+        return count_parameters(build(self.config.system, self.config.model, self.n_genes))
+
+    @property
     def plan(self) -> Plan:
         """Mesh, attention and remat: the config's, or the hardware table's."""
-        return choose(self.devices, self.n_parameters(), device_of(self.device), self.config.mesh)
-
-    def n_parameters(self) -> int:
-        model = build(self.config.system, self.config.model, self.n_genes)
-        return sum(leaf.size for leaf in jax.tree.leaves(shapes_of(model)["params"]))
+        return choose(self.devices, self.n_parameters, device_of(self.device), self.config.mesh)
 
 
 def _step(job: Job, mesh: Any, *, kernels: bool) -> tuple[Any, Any, State, Any, dict[str, Any]]:
     """``(model, step, abstract state, abstract batch, facts)`` of a job on a mesh, which may be abstract;
     without ``kernels``, with what any device compiles in their place."""
-    config, plan = job.config, job.plan()
+    config, plan = job.config, job.plan
     settings = dict(config.model)
     facts = {
         "mesh": dict(mesh.shape),
@@ -118,7 +119,7 @@ def _step(job: Job, mesh: Any, *, kernels: bool) -> tuple[Any, Any, State, Any, 
 
 def abstract_mesh(job: Job) -> Any:
     """The job's mesh without devices, an ``AbstractMesh``."""
-    sizes = job.plan().mesh.sizes(job.devices)
+    sizes = job.plan.mesh.sizes(job.devices)
     return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -144,14 +145,14 @@ def cost(job: Job) -> dict[str, Any]:
       :mod:`scjax.nn.work`; ``computed``: operations that one device computes, what is recomputed included;
       ``collectives``: kind -> [how often, bytes that a device sends]; ``seconds`` that compiling took.
     """
-    mesh = make_mesh(job.plan().mesh, jax.devices()[: job.devices])
+    mesh = make_mesh(job.plan.mesh, jax.devices()[: job.devices])
     model, step, abstract, batch, facts = _step(job, mesh, kernels=False)
     began = time.perf_counter()
     compiled, text = partitioned(step.lower(abstract, batch))
     done = work(text, job.devices)
-    tokens, operations = useful(job, model)
+    tokens, operations = late_work(model, np.full(facts["cells"], job.slots))  # no padding
     return facts | {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract["params"])),
+        "parameters": job.n_parameters,
         "state": state_bytes(abstract),
         "memory": device_bytes(compiled),
         "tokens": tokens,
@@ -160,11 +161,6 @@ def cost(job: Job) -> dict[str, Any]:
         "collectives": {kind: list(pair) for kind, pair in sorted(done.collectives.items())},
         "seconds": time.perf_counter() - began,
     }
-
-
-def useful(job: Job, model: Any) -> tuple[float, float]:
-    """``(tokens, operations)`` of a step on cells without padding, late in a run."""
-    return late_work(model, np.full(job.config.data.batch_size, job.slots))
 
 
 def cost_elsewhere(job: Job) -> dict[str, Any]:

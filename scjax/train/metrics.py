@@ -116,9 +116,9 @@ class Meter:
         if values.pop("guard_full", (0.0,))[0]:
             raise TooManySkipped(
                 f"{values['skipped_total'][0]:.0f} bad steps have been skipped, the last of them: step "
-                f"{', '.join(self._skipped)}. None of them changed anything, nor was one followed by a "
-                "checkpoint: the last one is from before. Go on from there with a lower "
-                "optimizer.learning_rate, or look at the data; train.guard.limit says how many are borne"
+                f"{', '.join(self._skipped)}. None of them changed anything, and no checkpoint was "
+                "written right after one. Go on from the last one with a lower optimizer.learning_rate, or "
+                "look at the data; train.guard.limit says how many are borne"
             )
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values.get(name, (0.0,))[0])]
         if bad:

@@ -40,8 +40,8 @@ class Preemption:
         sys.exit(REQUEUE)
 
     Before the first call of :meth:`reached` there is nothing to save: a process that runs alone, or has not
-    joined the others yet, leaves at once, with exit code ``REQUEUE``. Whatever comes after the first
-    notice is not heeded.
+    joined the others yet, leaves at once, with exit code ``REQUEUE``; Ctrl-C there is what it always is.
+    Whatever comes after the first notice is not heeded, but for Ctrl-C, which then stops at once.
 
     Args:
       notice: a path or http(s) URL to watch; by default that in the environment variable
