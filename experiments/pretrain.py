@@ -20,6 +20,7 @@ from contextlib import closing
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+import scjax
 from scjax.config import from_config
 from scjax.genes import Vocabulary
 from scjax.launch.capture import capture
@@ -27,6 +28,7 @@ from scjax.launch.codes import REQUEUE
 from scjax.parallel import Prefetch, distributed_start, layout_for, together
 from scjax.train import (
     Checkpoints,
+    GeneTables,
     Meter,
     MetricsLog,
     Preemption,
@@ -56,6 +58,7 @@ from scjax.train import (
     open_run,
     read_metrics,
     results,
+    start_from,
 )
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -73,7 +76,11 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
 
     # -------------------------------------------------------------------------- cells and model
     corpus = open_data(config.data, workdir)  # a run that resumes reads what it began with
-    vocabulary = Vocabulary.from_tsv(config.data.genes) if config.data.genes else corpus.vocabulary
+    begin = scjax.load(config.start) if config.start else None
+    if begin is not None:
+        vocabulary = begin.vocabulary
+    else:
+        vocabulary = Vocabulary.from_tsv(config.data.genes) if config.data.genes else corpus.vocabulary
     model, base = model_of(config, len(vocabulary))  # a base where its learning rate comes from one
 
     # ------------------------------------------------------------------------- devices and data
@@ -83,8 +90,14 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
     accumulate = micro_batches(config, model, loader.bucket_lengths[-1], layout)
 
     # ------------------------------------------------------------------------- the run directory
-    tables = gene_tables(config.system, config.model, config.tables, model, vocabulary, corpus)
+    tables = GeneTables()  # those of the run that this one begins with
+    if begin is None:
+        tables = gene_tables(config.system, config.model, config.tables, model, vocabulary, corpus)
+    start = None if begin is None else start_from(model, begin.params, begin.buffers)
     origin = {"corpus": corpus.manifest_id, "manifests": manifests_of(corpus), "tables": tables.sources}
+    origin["categories"] = {name: corpus.columns[name] for name in loader.labels}
+    if start is not None:
+        origin["start"] = {"source": config.start, "sha256": start.sha256}
     about = describe(config.system, config.model, vocabulary, seed=config.seed, **origin)
     run = open_run(workdir, about, vocabulary)
     keep_compiled(run.path / "compiled" if config.train.compile_cache is None else config.train.compile_cache)
@@ -107,7 +120,8 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
     checkpoints = Checkpoints(run.checkpoints, identity(about), **kept)
     restored = checkpoints.restore(abstract)
     if restored is None:
-        step, state = 0, init_state(model, tx, abstract, tables.buffers)
+        values = tables.buffers | (start.values if start else {})
+        step, state = 0, init_state(model, tx, abstract, values)
     else:
         step, state = restored.step, restored.state
         data.set_state(restored.cursor)
@@ -128,6 +142,8 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
         progress.say(f"{cells}; {loader}")
         for note in tables.notes:
             progress.say(f"table {note}")
+        if start is not None:
+            progress.say(f"begins with {config.start}: {start.note}")
         about_steps = f"steps {step:,} to {steps:,} in {run.path}"
         progress.say(f"{config.system}: {count_parameters(model):,} parameters; {about_steps}")
         if step < steps:  # every length of batch, before the first

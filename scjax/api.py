@@ -33,6 +33,7 @@ class Model:
       params, buffers: nested dicts of arrays.
       step: training step of the parameters; 0 for an untrained twin.
       path: the run directory.
+      categories: label column -> names of its codes, of the labels that the run was trained with.
     """
 
     system: str
@@ -42,6 +43,7 @@ class Model:
     buffers: dict[str, Any]
     step: int
     path: Path
+    categories: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def abstract(self) -> Abstract:

@@ -22,9 +22,11 @@ ORDER = [
     {"objectives"},
     {"models"},
     {"train"},
+    {"finetune"},
     {"interop"},
     {"datasets"},
     {"api"},
+    {"reference"},
     {"cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}

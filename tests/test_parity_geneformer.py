@@ -17,9 +17,9 @@ import pytest
 from scjax import models
 from scjax.genes import Vocabulary
 from scjax.interop import geneformer as interop
-from scjax.interop.mapping import export_tensors, flatten, import_tensors
+from scjax.interop.mapping import export_tensors, import_tensors
 from scjax.models.geneformer import Tokens
-from scjax.nn import bind, initialise, shapes_of
+from scjax.nn import bind, flatten, initialise, shapes_of
 from scjax.types import CellBatch
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "geneformer.npz"

@@ -15,6 +15,8 @@ import numpy as np
 import rich.table
 import rich.text
 
+from scjax.nn import flatten, nest
+
 Tree = dict[str, Any]
 Transform = Callable[[np.ndarray], np.ndarray]
 
@@ -167,25 +169,6 @@ def together(names: Sequence[str]) -> list[str]:
         if len(layers) > 1 and sorted(layers) != list(range(min(layers), max(layers) + 1)):
             span = f"{{{','.join(map(str, sorted(layers)))}}}"
         out.append(key.replace("{}", span, 1))
-    return out
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, node in tree.items():
-        path = f"{prefix}{name}"
-        out.update(flatten(node, f"{path}/") if isinstance(node, Mapping) else {path: node})
-    return out
-
-
-def nest(flat: Mapping[str, Any]) -> Tree:
-    out: Tree = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        node = out
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = leaf
     return out
 
 

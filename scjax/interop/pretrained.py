@@ -20,10 +20,10 @@ import numpy as np
 from scjax.config import from_config, nearest
 from scjax.genes import Vocabulary
 from scjax.interop.files import existing, read_json, read_tensors, recorded, sha256
-from scjax.interop.mapping import Account, flatten, import_tensors, nest
+from scjax.interop.mapping import Account, import_tensors
 from scjax.interop.source import Source
 from scjax.models import SYSTEMS, build, resolve
-from scjax.nn import Abstract, initialise, shapes_of
+from scjax.nn import Abstract, flatten, initialise, nest, shapes_of
 from scjax.train.checkpoint import Checkpoints
 from scjax.train.run import describe, identity, read_model
 
@@ -176,7 +176,8 @@ def export_pretrained(model: Any, out: str | pathlib.Path, format: str = "plain"
         variables = {"params": model.params, "buffers": model.buffers}
         tensors = {path: np.asarray(value, order="C") for path, value in flatten(variables).items()}
         save_file(tensors, partial / "model.safetensors")
-        about = describe(model.system, model.config, model.vocabulary, corpus=None, seed=0)
+        told = {"categories": model.categories}
+        about = describe(model.system, model.config, model.vocabulary, corpus=None, seed=0, **told)
         about |= {"format": PLAIN, "version": VERSION, "step": model.step}
         (partial / "model.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         model.vocabulary.to_tsv(partial / "vocabulary.tsv")
@@ -234,6 +235,7 @@ def read_plain(path: str | pathlib.Path) -> dict[str, Any]:
         **jax.device_put(variables, jax.local_devices()[0]),
         "step": about["step"],
         "path": path,
+        "categories": about.get("categories", {}),
     }
 
 

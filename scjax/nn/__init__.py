@@ -7,7 +7,9 @@ from scjax.nn.module import (
     axes_of,
     bind,
     buffers_of,
+    flatten,
     initialise,
+    nest,
     params_of,
     shapes_of,
 )
@@ -19,7 +21,9 @@ __all__ = [
     "axes_of",
     "bind",
     "buffers_of",
+    "flatten",
     "initialise",
+    "nest",
     "params_of",
     "shapes_of",
 ]

@@ -8,7 +8,7 @@ knows how to go from the one to the other.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -51,13 +51,7 @@ def _walk(variables: Any, kind: type[nnx.Variable]) -> Iterator[tuple[tuple[str,
 
 
 def _nest(items: Iterator[tuple[tuple[str, ...], Any]]) -> Tree:
-    out: Tree = {}
-    for path, leaf in items:
-        node = out
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = leaf
-    return out
+    return nest({"/".join(path): leaf for path, leaf in items})
 
 
 def _lookup(tree: Tree, path: tuple[str, ...]) -> Any:
@@ -135,3 +129,24 @@ def params_of(module: nnx.Module) -> Tree:
 def buffers_of(module: nnx.Module) -> Tree:
     """The untrained arrays of a module as a nested dict; after ``loss`` these are the updated ones."""
     return _nest((p, v.get_value()) for p, v in _walk(nnx.state(module), Buffer))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Path such as "gene/embedding" -> leaf of nested dicts."""
+    out: dict[str, Any] = {}
+    for name, node in tree.items():
+        path = f"{prefix}{name}"
+        out.update(flatten(node, f"{path}/") if isinstance(node, Mapping) else {path: node})
+    return out
+
+
+def nest(flat: Mapping[str, Any]) -> Tree:
+    """Nested dicts of path -> leaf, see :func:`flatten`."""
+    out: Tree = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = out
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return out

@@ -28,6 +28,7 @@ from scjax.train.run import (
     read_model,
     read_run,
 )
+from scjax.train.start import Start, start_from
 from scjax.train.state import State, abstract_state, count_parameters, init_state, judged_params, shardings_of
 from scjax.train.status import Status
 from scjax.train.step import make_eval_step, make_train_step
@@ -53,6 +54,7 @@ __all__ = [
     "Run",
     "RunConfig",
     "RunProgress",
+    "Start",
     "State",
     "Status",
     "TooManySkipped",
@@ -91,4 +93,5 @@ __all__ = [
     "restore_variables",
     "results",
     "shardings_of",
+    "start_from",
 ]

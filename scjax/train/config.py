@@ -20,7 +20,8 @@ class DataConfig:
     are then mixed: as they come, or in the proportions that ``shares`` gives to the names of their folders.
     ``genes`` is a vocabulary table (``scjax corpus genes`` writes one): the genes that the model knows;
     None or "" for all of the corpus. ``labels`` are the label columns that batches carry; None for all
-    that the corpus has. ``cache`` is where what is read from a URL is kept.
+    that the corpus has. ``values`` are the continuous ones (coordinates, dose, protein counts, ...); None for
+    all. ``cache`` is where what is read from a URL is kept.
     """
 
     corpus: str | tuple[str, ...]
@@ -38,11 +39,12 @@ class DataConfig:
     weight_level: Literal["auto", "row", "block"] = "auto"
     epoch_cells: int | None = None
     labels: tuple[str, ...] | None = ("dataset",)
+    values: tuple[str, ...] | None = ()
     prefetch: int = 2
 
     def loader(self) -> dict[str, Any]:
         """The arguments of the loader but for corpus, vocabulary, seed and process."""
-        of_the_corpus = ("corpus", "shares", "genes", "cache")
+        of_the_corpus = ("corpus", "shares", "genes", "cache", "values")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in of_the_corpus}
 
 
@@ -115,6 +117,8 @@ class RunConfig:
 
     ``model`` holds the fields of the system's own config; ``tables`` says where the values of genes come
     from that the system wants from outside, a file or "corpus" (see :func:`scjax.train.gene_tables`).
+    ``start`` is a run, or an imported model, that this one begins with: weights, tables and vocabulary are
+    those of it, whatever ``tables`` and ``data.genes`` say.
     """
 
     system: str
@@ -126,6 +130,7 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
     tables: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    start: str | None = None
 
     def __post_init__(self) -> None:
         model, config_class = resolve(self.system)

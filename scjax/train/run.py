@@ -41,6 +41,8 @@ def describe(
     seed: int,
     manifests: Sequence[str] | None = None,
     tables: Mapping[str, Any] | None = None,
+    categories: Mapping[str, Sequence[str]] | None = None,
+    start: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of ``model.json``.
 
@@ -52,6 +54,8 @@ def describe(
       seed: of the run.
       manifests: those of the corpora, one each (:func:`manifests_of`); resuming opens them again.
       tables: ``GeneTables.sources``, where the model takes values of genes from outside.
+      categories: label column -> names of its codes, so that other data can be told in the same codes.
+      start: ``{"source", "sha256"}`` of what the run begins with, where that is not random.
     """
     resolved: Any = from_config(resolve(system)[1], config, where="config.model")
     return {
@@ -65,16 +69,20 @@ def describe(
         **({"manifests": list(manifests)} if manifests else {}),
         "vocabulary": {"hash": vocabulary.hash, "n_genes": len(vocabulary)},
         **({"tables": dict(tables)} if tables else {}),
+        **({"categories": {k: list(v) for k, v in categories.items()}} if categories else {}),
+        **({"start": dict(start)} if start else {}),
     }
 
 
 def identity(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of ``model.json`` that must be the same for a run to be resumed. Of the tables it is their
-    content, wherever they lie; how a model is computed (:data:`COMPUTED`) may change with the hardware."""
+    """The part of ``model.json`` that must be the same for a run to be resumed. Of tables and start it is
+    their content, wherever they lie; how a model is computed (:data:`COMPUTED`) may change with the hardware.
+    """
     same = {name: model[name] for name in ("system", "model", "seed", "corpus", "vocabulary")}
     same["model"] = {name: value for name, value in same["model"].items() if name not in COMPUTED}
     tables = {name: f"sha256 {about['sha256'][:16]}" for name, about in model.get("tables", {}).items()}
-    return {**same, "tables": tables} if tables else same
+    start = f"sha256 {model['start']['sha256'][:16]}" if "start" in model else ""
+    return same | ({"tables": tables} if tables else {}) | ({"start": start} if start else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +177,7 @@ def read_model(path: str | pathlib.Path, step: int | None = None, *, average: bo
         **variables,
         "step": step,
         "path": path,
+        "categories": run.model.get("categories", {}),
     }
 
 

@@ -121,19 +121,24 @@ def init_state(
     model: Abstract,
     tx: optax.GradientTransformation,
     abstract: State,
-    tables: Mapping[str, np.ndarray] | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> State:
     """A fresh state at step 0, each shard made on its own device; the same values on every mesh.
 
-    ``tables``: path of a buffer, "gene/table" -> its value (see :func:`scjax.train.gene_tables`).
+    ``values``: path of a parameter or buffer, such as "gene/table" -> its value in the place of the initial
+    one (see :func:`scjax.train.gene_tables` and :func:`scjax.train.start_from`).
     """
     state = jax.jit(lambda: _fresh(model, tx, "ema" in abstract), out_shardings=shardings_of(abstract))()
-    for path, value in (tables or {}).items():
+    kinds = [kind for kind in ("params", "ema", "buffers") if kind in state]
+    for path, value in (values or {}).items():
         *parents, last = path.split("/")
-        node, like = state["buffers"], abstract["buffers"]
-        for name in parents:
-            node, like = node[name], like[name]
-        node[last] = jax.make_array_from_callback(like[last].shape, like[last].sharding, value.__getitem__)
+        for kind in kinds:
+            node, like = state[kind], abstract[kind]
+            for name in parents:
+                node, like = node.get(name, {}), like.get(name, {})
+            if last in node:
+                own = np.asarray(value, like[last].dtype)
+                node[last] = jax.make_array_from_callback(own.shape, like[last].sharding, own.__getitem__)
     return state
 
 

@@ -119,7 +119,7 @@ def gene_tables(
         about[name] = (arrays, source, matched.summary)
     return GeneTables(
         {path: array for name in sorted(about) for path, array in about[name][0].items()},
-        {n: {"source": _absolute(about[n][1]), "sha256": _hash(about[n][0])} for n in sorted(about)},
+        {n: {"source": _absolute(about[n][1]), "sha256": hash_of(about[n][0])} for n in sorted(about)},
         tuple(f"{name}: {about[name][2]}" for name in sorted(about)),
     )
 
@@ -157,7 +157,7 @@ def _absolute(source: str) -> str:
     return source if source == CORPUS else str(pathlib.Path(source).absolute())
 
 
-def _hash(arrays: Mapping[str, np.ndarray]) -> str:
+def hash_of(arrays: Mapping[str, np.ndarray]) -> str:
     """Of paths, shapes and values."""
     digest = hashlib.sha256()
     for path, array in sorted(arrays.items()):

@@ -1,0 +1,1 @@
+"""Adapting a trained model to tasks: heads, frozen layers, LoRA, task training."""

@@ -1,0 +1,1 @@
+"""Reference indices: cells of known kinds, and where new cells lie among them."""
