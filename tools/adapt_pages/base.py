@@ -2,9 +2,9 @@
 
     python tools/adapt_pages/base.py
 
-Human whole-transcriptome cells of eight studies, no label used. Left out, so that pages can hold them out: all
-Kang, CITE-seq, perturbation and spatial sets. The vocabulary is the variable genes of these cells and the
-genes of the two perturbation panels, which pages fine-tune on.
+Human whole-transcriptome cells of eight studies, no label used. Left out, so that pages can hold them out:
+all Kang, CITE-seq, perturbation and spatial sets. The vocabulary is the variable genes of these cells and
+the genes of the two perturbation panels, which pages fine-tune on.
 """
 
 from __future__ import annotations
@@ -30,16 +30,15 @@ N_VARIABLE = 2000
 
 def main() -> None:
     args = arguments(__doc__, steps=1500)
-    from scjax import build_corpus
+    from scjax import Corpus, build_corpus
     from scjax.corpus import variable_genes
     from scjax.genes import Vocabulary
 
-    corpus = build_corpus(
-        [args.data / f"{name}.h5ad" for name in STUDIES],
-        BASE.parent / "corpus",
-        labels=["tissue", "technology", "cell_type"],
-        validation=0.05,
-    )
+    where = BASE.parent / "corpus"
+    if not (where / "HEAD").exists():
+        sources = [args.data / f"{name}.h5ad" for name in STUDIES]
+        build_corpus(sources, where, labels=["tissue", "technology", "cell_type"], validation=0.05)
+    corpus = Corpus.open(where)
     chosen = variable_genes(corpus, N_VARIABLE)
     wanted = set(chosen.ids)
     for panel in PANELS:
@@ -50,7 +49,7 @@ def main() -> None:
     genes = BASE.parent / "genes.tsv"
     Vocabulary.from_dict({field: [values[i] for i in keep] for field, values in whole.items()}).to_tsv(genes)
     overrides = {
-        "data.corpus": BASE.parent / "corpus",
+        "data.corpus": where,
         "data.genes": genes,
         "model.n_layers": 3,
         "model.max_length": 257,

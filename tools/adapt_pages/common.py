@@ -1,4 +1,4 @@
-"""What the pages of benchmarks/adapt share: where the data are, the model they begin with, how a page looks."""
+"""What the pages of benchmarks/adapt share: the data, the model they begin with, the look of a page."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def read(data: Path, name: str) -> ad.AnnData:
 
 
 def blood(data: Path) -> ad.AnnData:
-    """The four studies of blood on their shared genes: unstimulated cells, ``obs["cell_type_harmonised"]`` and
-    ``obs["study"]``."""
+    """The four studies of blood on their shared genes: unstimulated cells, with
+    ``obs["cell_type_harmonised"]`` and ``obs["study"]``."""
     studies = {name: read(data, name) for name in BLOOD}
     kang = studies["kang_ifnb_2k_10x"]
     studies["kang_ifnb_2k_10x"] = kang[kang.obs["condition"].isin(["control", "ctrl"])].copy()
@@ -65,7 +65,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def page(
     path: Path, title: str, verdict: str, command: str, sections: Mapping[str, str], values: Any = None
 ) -> None:
-    """Writes a page, its first line the verdict; ``values`` (JSON) beside it, for who wants to look further."""
+    """Writes a page, its first line the verdict, and ``values`` as JSON beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = [f"**{verdict}**", f"# {title}", f"Made by `{command}`."]
     for heading, body in sections.items():
