@@ -4,7 +4,7 @@
 
 Human whole-transcriptome cells of eight studies, no label used. Left out, so that pages can hold them out:
 all Kang, CITE-seq, perturbation and spatial sets. The vocabulary is the variable genes of these cells and
-the genes of the two perturbation panels, which pages fine-tune on.
+those of the two perturbation panels, which pages fine-tune on, with the genes that are perturbed there.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ def main() -> None:
     chosen = variable_genes(corpus, N_VARIABLE)
     wanted = set(chosen.ids)
     for panel in PANELS:
-        match = corpus.vocabulary.match(read(args.data, panel).var)
-        wanted |= {corpus.vocabulary.ids[i] for i in match.ids if i >= 0}
+        cells = read(args.data, panel)
+        targets = {gene for name in cells.obs["perturbation"].unique() for gene in name.split("+")}
+        ids = [*corpus.vocabulary.match(cells.var).ids, *corpus.vocabulary.match(sorted(targets)).ids]
+        wanted |= {corpus.vocabulary.ids[i] for i in ids if i >= 0}
     whole = corpus.vocabulary.to_dict()
     keep = [i for i, name in enumerate(corpus.vocabulary.ids) if name in wanted]
     genes = BASE.parent / "genes.tsv"
