@@ -31,8 +31,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def from_config(cls: type[T], mapping: Mapping[str, Any], where: str = "config") -> T:
     """Builds the frozen dataclass ``cls`` from a mapping (``dict`` or ``ConfigDict``).
 
-    Fields annotated with a dataclass are built from nested mappings; lists become tuples where a tuple
-    is annotated, and an int is taken where a float is.
+    Fields annotated with a dataclass, or a mapping of them, are built from nested mappings; lists become
+    tuples where a tuple is annotated, and an int is taken where a float is.
 
     Args:
       cls: a dataclass with annotated fields.
@@ -99,7 +99,8 @@ def _check(value: Any, hint: Any, where: str) -> Any:
         return tuple(_check(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
     if kind in (dict, Mapping) or getattr(kind, "__name__", "") == "Mapping":
         if hasattr(value, "items"):
-            return value.to_dict() if hasattr(value, "to_dict") else dict(value.items())
+            plain = value.to_dict() if hasattr(value, "to_dict") else dict(value.items())
+            return {k: _check(v, args[1], f"{where}.{k}") for k, v in plain.items()} if args else plain
     elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     elif kind is int and isinstance(value, float) and value.is_integer():
