@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import sparse
 
+from scjax.config import nearest
+from scjax.corpus.build import UNKNOWN
+from scjax.corpus.obs import categorise
+from scjax.corpus.sources.values import find_value, list_values, place, read_value
 from scjax.loader.buckets import bucket_of, round_up
 from scjax.types import CellBatch
 
@@ -16,6 +20,8 @@ if TYPE_CHECKING:
 
     from scjax.corpus.sources import Source
     from scjax.genes import Vocabulary
+
+Read = Callable[[int, int], np.ndarray]  # values of the cells [first, last)
 
 _GENE, _COUNT = np.dtype(np.uint32), np.dtype(np.float32)
 
@@ -28,6 +34,8 @@ def cells(
     layer: str | None = None,
     bucket_lengths: Sequence[int] | None = None,
     labels: Sequence[str] = (),
+    categories: Mapping[str, Sequence[str]] | None = None,
+    values: Sequence[str] | Mapping[str, Sequence[str] | None] = (),
     row_offset: int = 0,
     duplicates: str = "error",
 ) -> Iterator[CellBatch]:
@@ -42,13 +50,21 @@ def cells(
       bucket_lengths: the values L may take; by default 64, 128, 256, ... A batch whose cells need more than
         the largest is padded to a power-of-two multiple of it: nothing is ever cut.
       labels: columns of ``obs`` to pass on as categorical codes, -1 where missing.
+      categories: label -> its categories, as ``Corpus.columns`` or a model's ``categories`` has them: the
+        codes are by these, and -1 as well where the text is one of ``unknown`` of ``build_corpus``. Other
+        labels are coded by the categories of the AnnData.
+      values: numeric columns of ``obs`` and matrices of ``obsm`` to pass on as float32, [B] or [B, features];
+        NaN where missing. A mapping gives the features wanted of each, as ``Corpus.values`` has them: columns
+        are then put in that order by name, NaN where the AnnData has none.
       row_offset: row number of the first cell.
       duplicates: several columns that are the same gene: "error", or "sum" their counts.
 
     Raises:
       CountsError, a ValueError: the matrix does not hold raw counts.
       ValueError: no gene is in the vocabulary, or several columns are the same gene.
-      KeyError: no such layer or obs column; lists those there are.
+      ValueError: a text that is not among the categories (names the nearest); a value that is not numbers, or
+        is infinite, or an array without names that has another number of features than are wanted.
+      KeyError: no such layer, obs column or value; lists those there are.
     """
     from scjax.corpus.sources import open_source
 
@@ -69,16 +85,50 @@ def cells(
             f"{source.where}: {len(match.duplicates)} genes have several columns, such as {gene}: {columns}; "
             'pass duplicates="sum" to add them up'
         )
-    codes = {name: _codes(source, name) for name in labels}
+    codes = {name: _codes(source, name, (categories or {}).get(name)) for name in labels}
+    wanted = values if isinstance(values, Mapping) else dict.fromkeys(values)
+    numbers = {name: _numbers(source, name, features) for name, features in wanted.items()}
     while lengths[-1] < match.n_matched:
         lengths.append(2 * lengths[-1])
-    return _batches(source, match.ids, batch_size, lengths, codes, row_offset)
+    return _batches(source, match.ids, batch_size, lengths, codes, numbers, row_offset)
 
 
-def _codes(source: Source, name: str) -> np.ndarray:
+def _codes(source: Source, name: str, categories: Sequence[str] | None) -> np.ndarray:
     if name not in source.obs:
         raise KeyError(f"{source.where}: no obs column {name!r}; there are {list(source.obs.columns)}")
-    return source.obs[name].astype("category").cat.codes.to_numpy().astype(np.int32)
+    if categories is None:
+        return source.obs[name].astype("category").cat.codes.to_numpy().astype(np.int32)
+    codes, texts = categorise(source.obs[name])
+    known = {text: code for code, text in enumerate(categories)}
+    strange = [text for text in texts if text not in known and text not in UNKNOWN]
+    if strange:
+        raise ValueError(
+            f"{source.where}: obs column {name!r} has {strange[0]!r}"
+            + (f" and {len(strange) - 1} more" if len(strange) > 1 else "")
+            + f", not among its {len(known)} categories ({', '.join(list(known)[:5])}"
+            + f"{', ...' if len(known) > 5 else ''});{nearest(strange[0], known)} Missing values are fine"
+        )
+    return np.array([*(known.get(text, -1) for text in texts), -1], np.int32)[codes]
+
+
+def _numbers(source: Source, name: str, features: Sequence[str] | None) -> tuple[tuple[int, ...], Read]:
+    """(shape behind that of the batch, function that reads a range of cells) of a value."""
+    value = find_value(source, name)
+    if value is None:
+        raise KeyError(
+            f"{source.where}: no obs column or obsm {name!r}; with numbers there are {list_values(source)}"
+        )
+    if features is None or (value.column and len(features) == 1):
+        shape = () if value.column else (len(value.features),)
+        return shape, lambda first, last: read_value(source, value, first, last)
+    if value.column or (value.unnamed and len(value.features) != len(features)):
+        has = "is an obs column" if value.column else f"has {len(value.features)} features without names"
+        raise ValueError(
+            f"{source.where}: {name!r} {has}, not the {len(features)} features that are wanted "
+            f"({', '.join(features[:3])}, ...); a table (DataFrame) in obsm may have any of them, by name"
+        )
+    own = features if value.unnamed else value.features
+    return (len(features),), lambda first, last: place(read_value(source, value, first, last), own, features)
 
 
 def _batches(
@@ -87,6 +137,7 @@ def _batches(
     batch_size: int,
     lengths: Sequence[int],
     codes: dict[str, np.ndarray],
+    numbers: dict[str, tuple[tuple[int, ...], Read]],
     row_offset: int,
 ) -> Iterator[CellBatch]:
     from scjax.loader.pack import Rows, Slabs  # numba takes a while to import
@@ -105,10 +156,17 @@ def _batches(
             "row": ((batch_size,), np.uint32),
             "weight": ((batch_size,), np.float32),
         }
-        out = slabs.take(fields | {f"label {name}": ((batch_size,), np.int32) for name in codes})
+        fields |= {f"label {name}": ((batch_size,), np.int32) for name in codes}
+        fields |= {
+            f"value {name}": ((batch_size, *shape), np.float32) for name, (shape, _) in numbers.items()
+        }
+        out = slabs.take(fields)
         label = {name: out.pop(f"label {name}") for name in codes}
         for name, column in label.items():
             column[:n], column[n:] = codes[name][first : first + n], -1
+        value = {name: out.pop(f"value {name}") for name in numbers}
+        for name, table in value.items():
+            table[:n], table[n:] = numbers[name][1](first, first + n), np.nan
         out["depth"][:n], out["depth"][n:] = depth, 0
         out["row"][:n], out["row"][n:] = np.arange(n) + (first + row_offset), 0
         out["weight"][:n], out["weight"][n:] = 1, 0
@@ -123,8 +181,8 @@ def _batches(
             out["row"],
             (_GENE, _COUNT),
         ).pad(out["gene_id"], out["count"], out["n_genes"])
-        yield CellBatch(**out, label=label, value={})
-        del out, label  # or this generator would itself keep the memory from being reused
+        yield CellBatch(**out, label=label, value=value)
+        del out, label, value  # or this generator would itself keep the memory from being reused
 
 
 def _rebatch(

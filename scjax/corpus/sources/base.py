@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,12 @@ class Source(abc.ABC):
     def account(self) -> dict[str, int]:
         """What the file holds and this source leaves out: why -> how many. Empty for most."""
         return {}
+
+    @contextlib.contextmanager
+    def obsm(self) -> Iterator[Mapping[str, Any]]:
+        """The matrices beside the counts, as far as they are numbers of the same cells, to read from while
+        the context lasts: key -> array, sparse matrix or table, in memory or as its file has it."""
+        yield {}
 
     @abc.abstractmethod
     def sha256(self) -> str:

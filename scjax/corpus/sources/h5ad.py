@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import anndata as ad
@@ -84,6 +84,11 @@ class H5adSource(Source):
     @property
     def var(self) -> pd.DataFrame:
         return self._frame(self._var_key)
+
+    @contextlib.contextmanager
+    def obsm(self) -> Iterator[Mapping[str, Any]]:
+        with self._open() as file:
+            yield file.get("obsm", {})
 
     def sha256(self) -> str:
         return base.hash_files([self.path], self.path.parent)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -42,6 +44,10 @@ class MemorySource(Source):
     @property
     def var(self) -> pd.DataFrame:
         return self._adata.raw.var if self.layer == "raw" else self._adata.var
+
+    @contextlib.contextmanager
+    def obsm(self) -> Iterator[Mapping[str, Any]]:
+        yield dict(self._adata.obsm)
 
     def sha256(self) -> str:
         digest = hashlib.sha256("\n".join([*self.var.index, "", *self.obs.index]).encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import anndata as ad
@@ -100,6 +100,12 @@ class ZarrSource(Source):
     @property
     def var(self) -> pd.DataFrame:
         return self._frame(self._var_key)
+
+    @contextlib.contextmanager
+    def obsm(self) -> Iterator[Mapping[str, Any]]:
+        with self._open() as group:
+            found: Any = dict(group["obsm"].members()) if "obsm" in group else {}  # type: ignore[union-attr]
+            yield found
 
     def _files(self) -> list[pathlib.Path]:
         return sorted(path for path in self.path.rglob("*") if path.is_file())
