@@ -43,14 +43,15 @@ def linear(
 
 
 class Linear(nnx.Linear):
-    """[..., n_in] -> [..., n_out], see :func:`product`."""
+    """[..., n_in] -> [..., n_out], see :func:`product`; with an adapter where :mod:`scjax.finetune.lora` has
+    put one: ``lora_a`` [*in, r] and ``lora_b`` [r, *out], whose product is added to the kernel."""
 
     def __call__(self, x: Array) -> Array:  # type: ignore[override]
         return _apply(self, x, 1)
 
 
 class LinearGeneral(nnx.LinearGeneral):
-    """The last dimensions of the input become others, see :func:`product`."""
+    """The last dimensions of the input become others, see :func:`product` and :class:`Linear`."""
 
     def __call__(self, x: Array) -> Array:  # type: ignore[override]
         return _apply(self, x, len(self.in_features))
@@ -59,7 +60,17 @@ class LinearGeneral(nnx.LinearGeneral):
 def _apply(layer: Any, x: Array, n_in: int) -> Array:
     kernel, bias = layer.kernel[...], None if layer.bias is None else layer.bias[...]
     dtype = layer.dtype or jnp.promote_types(x.dtype, kernel.dtype)
-    return product(x.astype(dtype), kernel, bias, layer.kernel.get_metadata().get("axes"), n_in)
+    x = x.astype(dtype)
+    y = product(x, kernel, bias, layer.kernel.get_metadata().get("axes"), n_in)
+    if not hasattr(layer, "lora_a"):
+        return y
+    down, up = (product_of(v) for v in (layer.lora_a, layer.lora_b))
+    return y + layer.lora_scale * up(down(x, n_in), 1)
+
+
+def product_of(variable: nnx.Variable[Array]) -> Callable[[Array, int], Array]:
+    """:func:`product` with a variable that carries its axes."""
+    return lambda x, n_in: product(x, variable[...], None, variable.get_metadata().get("axes"), n_in)
 
 
 def product(
