@@ -6,8 +6,9 @@ A model says what it needs by a static method ``tables(config) -> {name: kind}``
 "vectors"  the buffers ``<name>/table`` [n_genes, dim] and ``<name>/known`` [n_genes] of a
            :class:`scjax.nn.embedder.GeneEmbedder`
 
-and ``RunConfig.tables`` says where each comes from: a file, or "corpus" for medians. The values become part
-of the state and of every checkpoint, so that a trained model needs no file.
+("median:PATH" and "vectors:PATH" where these are at PATH and not at <name>), and ``RunConfig.tables`` says
+where each comes from: a file, or "corpus" for medians. The values become part of the state and of every
+checkpoint, so that a trained model needs no file.
 """
 
 from __future__ import annotations
@@ -82,15 +83,17 @@ def gene_tables(
                 f"config.tables.{name} is not a table of {system};{nearest(name, wanted)} {takes}"
             )
     buffers, about = shapes_of(model)["buffers"], {}
-    computed = [n for n, kind in wanted.items() if kind == "median" and given.get(n, CORPUS) == CORPUS]
-    for name, kind in sorted(wanted.items(), key=lambda item: item[0] in computed):
+    kinds = {name: kind.partition(":") for name, kind in wanted.items()}
+    computed = [n for n, (kind, *_) in kinds.items() if kind == "median" and given.get(n, CORPUS) == CORPUS]
+    for name, (kind, _, path) in sorted(kinds.items(), key=lambda item: item[0] in computed):
+        place = path or name
         if kind == "median":
             source = given.get(name, CORPUS)
             if name in computed:
                 matched = _corpus_medians(corpus, vocabulary)
             else:
                 matched = match_values(read_medians(source), vocabulary)
-            filled = {name: matched.values}
+            filled = {place: matched.values}
         elif kind == "vectors":
             source = given.get(name, "")
             if source in ("", CORPUS):
@@ -100,13 +103,13 @@ def gene_tables(
                     'model learn its own with gene_table.kind = "random"'
                 )
             matched = match_values(read_vectors(source), vocabulary)
-            width = _at(buffers, f"{name}/table").shape[1]
+            width = _at(buffers, f"{place}/table").shape[1]
             if matched.values.shape[1] != width:
                 raise ValueError(
                     f"config.tables.{name}: {source} has vectors of width {matched.values.shape[1]}, the "
-                    f"model as configured takes {width} (gene_table.dim, or d_model where that is 0)"
+                    f"model as configured takes {width} (dim of gene_table or of its entry in mix, or d_model where that is 0)"
                 )
-            filled = {f"{name}/table": matched.values, f"{name}/known": matched.known}
+            filled = {f"{place}/table": matched.values, f"{place}/known": matched.known}
         else:
             raise ValueError(f'{system} declares the table {name!r} of kind {kind!r}; "median" or "vectors"')
         arrays = {path: np.asarray(value, _at(buffers, path).dtype) for path, value in filled.items()}
