@@ -130,12 +130,14 @@ def test_shuffling_stays_within_sections(sections):
 
 
 def test_bad_input_is_named(sections):
+    usual: dict[str, Any] = {"k": K, "components": D, "section_key": "section"}
+
     def told(kind, words, change=None, **options: Any):
         adata = sections.copy()
         if change:
             change(adata)
         with pytest.raises(kind) as error:
-            neighbour_features(adata, **(dict(k=K, components=D, section_key="section") | options))
+            neighbour_features(adata, **(usual | options))
         for word in words:
             assert word in str(error.value)
 
