@@ -23,6 +23,9 @@ _WHERE = {
     "annotate": "scjax.api",
     "import_pretrained": "scjax.api",
     "export_pretrained": "scjax.api",
+    "Reference": "scjax.reference",
+    "build_reference": "scjax.reference",
+    "map_cells": "scjax.reference",
 }
 _ROOMS = (
     "api",
@@ -37,6 +40,7 @@ _ROOMS = (
     "nn",
     "objectives",
     "parallel",
+    "reference",
     "train",
     "types",
 )

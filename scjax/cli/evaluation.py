@@ -24,12 +24,12 @@ SUITES = ("perturbation", "genes", "network", "spatial", "modalities", "compare"
 
 
 def join(argv: Sequence[str]) -> list[str]:
-    """``eval perturbation …`` and ``runs report …`` as one word for the parser: ``eval`` itself takes a file
-    there, and ``runs`` a directory."""
+    """``eval perturbation …``, ``runs report …`` and ``map build …`` as one word for the parser: ``eval`` and
+    ``map`` take a file there themselves, and ``runs`` a directory."""
     words = list(argv)
     at = next((i for i, w in enumerate(words) if not w.startswith("-")), len(words))
     joined = " ".join(words[at : at + 2])
-    if joined in {"runs report", *(f"eval {suite}" for suite in SUITES)}:
+    if joined in {"runs report", "map build", *(f"eval {suite}" for suite in SUITES)}:
         words[at : at + 2] = [joined]
     return words
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scjax import __version__
-from scjax.cli import configs, corpus, evaluation, launch, runs, suites
+from scjax.cli import configs, corpus, evaluation, launch, mapping, runs, suites
 from scjax.cli.shared import add_reading, err, escape, out, read, refuse_existing, write_whole
 
 
@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluation.add_commands(commands)
     suites.add_commands(commands)
+    mapping.add_commands(commands)
     runs.add_commands(commands)
     launch.add_commands(commands)
 
