@@ -107,7 +107,7 @@ def gene_tables(
             if matched.values.shape[1] != width:
                 raise ValueError(
                     f"config.tables.{name}: {source} has vectors of width {matched.values.shape[1]}, the "
-                    f"model as configured takes {width} (dim of gene_table or of its entry in mix, or d_model where that is 0)"
+                    f"model as configured takes {width} (dim of gene_table or of its part in mix; 0: d_model)"
                 )
             filled = {f"{place}/table": matched.values, f"{place}/known": matched.known}
         else:
