@@ -216,7 +216,7 @@ def test_a_file_of_three_models(tmp_path):
             interop.rules(source.config, GENES), source.tensors, shapes_of(model), interop.IGNORED, fill
         )
         assert not account.ignored and set(account.used) == set(source.tensors)
-        cell = bind(model, **variables).embed(batch_of(golden()), "f5")
+        cell = bind(model, **variables).embed(batch_of(golden()), target="f5")
         expected = scfoundation.run(theirs, golden()["value"])["cell"]
         np.testing.assert_allclose(cell, expected, atol=2e-5)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from scjax.encoding.random import gene_uniform
+from scjax.encoding.select import mask_genes
 from scjax.parallel.layout import top_k
 from scjax.types import CellBatch
 
@@ -55,6 +57,40 @@ def split_unknown(
     gene_id = jnp.where(used, jnp.take_along_axis(gene_id, order, axis=1), -1)
     value = jnp.where(used, jnp.take_along_axis(value, order, axis=1), 0.0)
     return gene_id, value, used & (slot < room)
+
+
+def hide_shares(
+    gene_id: Array,
+    value: Array,
+    fractions: tuple[float, ...],
+    share_keys: Array,
+    mask_keys: Array,
+    cls_id: int | None = None,
+) -> tuple[Array, Array, Array, Array | None]:
+    """Hides a share of each cell's genes, which it draws for each cell from ``fractions``.
+
+    Args:
+      gene_id: int32 [B, N]; -1 where padded.
+      value: float32 [B, N].
+      fractions: shares.
+      share_keys, mask_keys: keys [B], one a cell: of the share, and of which genes.
+      cls_id: id of a token CLS that may be hidden like a gene; None for none.
+
+    Returns:
+      ``(gene_id, value, hidden, cls_hidden)``: [B, N] each, and bool [B] or None. Slots have no order of
+      their own: with the hidden genes first, a head can skip the rest.
+    """
+    share = jnp.asarray(fractions, jnp.float32)
+    drawn = jax.vmap(lambda k: jax.random.choice(k, share))(share_keys)
+    candidates, cls_hidden = gene_id, None
+    if cls_id is not None:
+        candidates = jnp.concatenate([jnp.full_like(gene_id[:, :1], cls_id), gene_id], axis=1)
+    hidden = mask_genes(candidates, drawn, mask_keys)
+    if cls_id is not None:
+        cls_hidden, hidden = hidden[:, 0], hidden[:, 1:]
+    slot = jnp.argsort(~hidden, axis=-1)
+    gene_id, value, hidden = (jnp.take_along_axis(x, slot, axis=-1) for x in (gene_id, value, hidden))
+    return gene_id, value, hidden, cls_hidden
 
 
 def with_zeros(batch: CellBatch, n_genes: int) -> CellBatch:

@@ -28,6 +28,7 @@ from scjax.encoding import (
     select_genes,
     to_all_genes,
 )
+from scjax.nn.context import Context, ContextToken, Given
 from scjax.nn.embedder import GeneEmbedder, GeneTable
 from scjax.nn.heads import GeneMapHead
 from scjax.nn.layers import Remat, Stack, layer_norm, linear
@@ -61,6 +62,7 @@ class CellLMConfig:
         which two views of a cell would be one; 0.1 is SimCSE's (inferred).
       gene_table: see :class:`scjax.nn.embedder.GeneTable`; "frozen" as published, where CLS has the vector of
         ones and padding that of zeros.
+      context: further tokens of what is known of a cell, see :class:`scjax.nn.context.ContextToken`.
       max_length: tokens a cell, CLS included.
       truncate: which genes of a longer cell stay: the most expressed ones ("top"), or those that come
         first in the vocabulary ("index"), as published.
@@ -91,6 +93,7 @@ class CellLMConfig:
     d_ff: int = 2048
     dropout: float = 0.1
     gene_table: GeneTable = GeneTable()
+    context: dict[str, ContextToken] = dataclasses.field(default_factory=dict, hash=False)
     max_length: int = 6000
     truncate: Literal["top", "index"] = "top"
     stabiliser: Stabiliser = "head"
@@ -146,12 +149,14 @@ class Tokens:
       shown: int32 [B, S], what the network is shown: the bin, or PAD.
       target: int32 [B, S], the bin.
       hidden: bool [B, S].
+      context: what is known of the cells beside, see :class:`scjax.nn.context.Context`.
     """
 
     gene_id: Array
     shown: Array
     target: Array
     hidden: Array
+    context: Given = dataclasses.field(default_factory=dict)
 
 
 class CellLM(nnx.Module):
@@ -198,6 +203,7 @@ class CellLM(nnx.Module):
             self.bins = linear(d, N_TOKENS, ("embed", None), rngs=rngs)
             if c.label:
                 self.tumour = linear(d, 1, ("embed", None), rngs=rngs)
+        self.context = Context(c.context, d, dtype=dtype, rngs=rngs)
         self.bin_count = Buffer(jnp.zeros((n_genes, N_BINS)), axes=("vocab", None))
         self.calls = Buffer(jnp.zeros((), jnp.int32))
 
@@ -219,13 +225,14 @@ class CellLM(nnx.Module):
         gene_id, token = self.bins_of(batch, ties)
         hidden, gene_id, token = hidden_first(choice, c.mask_fraction, token > 0, gene_id, token)
         visible = replace_hidden(shown, hidden, gene_id, token, PAD, c.replace_fraction)
-        return Tokens(gene_id, visible, token, hidden)
+        context = self.context.read(batch, None if self.deterministic else key, required=True)
+        return Tokens(gene_id, visible, token, hidden, context)
 
     def whole(self, batch: CellBatch) -> Tokens:
         """Tokens of which none is hidden."""
         same = jnp.zeros_like(batch.row)  # ties between genes fall alike in every cell, whatever its number
         gene_id, token = self.bins_of(batch, row_keys(jax.random.key(0), same))
-        return Tokens(gene_id, token, token, gene_id < -1)
+        return Tokens(gene_id, token, token, gene_id < -1, self.context.read(batch))
 
     def bins_of(self, batch: CellBatch, ties: Array) -> tuple[Array, Array]:
         """``(gene_id, token)`` int32 [B, S] of the genes that fit into ``max_length``."""
@@ -261,8 +268,10 @@ class CellLM(nnx.Module):
         # a product instead of a look-up: its gradient adds up without a scatter
         x = jnp.einsum("bsk,ke->bse", jax.nn.one_hot(token, N_TOKENS), self.token[...], precision="highest")
         x = (x + self.gene(gene_id)).astype(jnp.dtype(self.config.dtype))
-        x = self.performer(x, jnp.pad(valid, first, constant_values=True), keys=keys)
-        return x[:, 0], x[:, 1:]
+        valid = jnp.pad(valid, first, constant_values=True)
+        x, valid = self.context.beside(x, valid, tokens.context, self.gene)
+        x = self.performer(x, valid, keys=keys)
+        return x[:, 0], x[:, 1 : token.shape[1]]
 
     def predict(self, genes: Array) -> Array:
         """float32 [..., N_TOKENS]: logits of the bins from the Performer's outputs [..., E]."""
@@ -350,12 +359,18 @@ class CellLM(nnx.Module):
         """``(tokens, operations)`` [B] of a training step, see :mod:`scjax.nn.work`: two views of a cell are
         twice the operations and the same tokens."""
         c = self.config
-        tokens = jnp.minimum(n_genes, c.max_length - 1) + 1
+        tokens = jnp.minimum(n_genes, c.max_length - 1) + 1 + self.context.n_tokens
+        views = 1 + (c.contrast_weight > 0)
         width = (c.d_model, c.n_heads, c.d_head, c.d_ff, c.n_layers)
-        return tokens, favor_stack((1 + (c.contrast_weight > 0)) * tokens, *width, n_features(c.d_head))
+        return tokens, favor_stack(views * tokens, *width, n_features(c.d_head)) + views * self.context.work()
 
     # ------------------------------------------------------------- embedding
-    def embed(self, batch: CellBatch) -> Array:
-        """float32 [B, E]: the output at CLS; nothing is hidden."""
-        cell, _ = self(self.whole(batch))
+    def embed(self, batch: CellBatch, keys: Array | None = None) -> Array:
+        """float32 [B, E]: the output at CLS; nothing is hidden. ``keys`` [B] of dropout, or None."""
+        cell, _ = self(self.whole(batch), keys)
         return self.norm(cell)
+
+    def states(self, batch: CellBatch, keys: Array | None = None) -> tuple[Array, Array]:
+        """``(gene_id, states)``: int32 [B, S], -1 where padded, and float32 [B, S, E]; nothing is hidden."""
+        tokens = self.whole(batch)
+        return tokens.gene_id, self.norm(self(tokens, keys)[1])

@@ -20,6 +20,7 @@ from jax import Array
 from scjax.config import INF, within
 from scjax.encoding import gene_uniform, rank_genes, row_keys
 from scjax.nn.attention import Backend
+from scjax.nn.context import Context, ContextToken, Given
 from scjax.nn.embedder import GeneEmbedder, GeneTable
 from scjax.nn.layers import Block, Remat, Stack, dropout, fold, layer_norm, linear
 from scjax.nn.module import Buffer
@@ -52,6 +53,7 @@ class GeneformerConfig:
       pool: "mean" over the genes, or "cls".
       gene_table: where the gene embedding comes from, see :class:`scjax.nn.embedder.GeneTable`; it is
         also the output layer.
+      context: further tokens of what is known of a cell, see :class:`scjax.nn.context.ContextToken`.
       n_outputs: with more than 0 the model has a classification head in the place of the objective's.
       head: what that head classifies: "cell" by the first token, or each "gene".
       attention: backend, see :func:`scjax.nn.attention.attention`.
@@ -72,6 +74,7 @@ class GeneformerConfig:
     embed_layer: int = -1
     pool: Literal["mean", "cls"] = "mean"
     gene_table: GeneTable = GeneTable()
+    context: dict[str, ContextToken] = dataclasses.field(default_factory=dict, hash=False)
     n_outputs: int = 0
     head: Literal["cell", "gene"] = "cell"
     attention: Backend = "auto"
@@ -108,6 +111,7 @@ class Tokens:
       position: int32 [B, M], places of the hidden tokens; M is the most that a cell may have.
       target: int32 [B, M], the tokens that were there.
       hidden: bool [B, M], whether a place is in use; those in use come first.
+      context: what is known of the cells beside, see :class:`scjax.nn.context.Context`.
     """
 
     token: Array
@@ -115,6 +119,7 @@ class Tokens:
     position: Array
     target: Array
     hidden: Array
+    context: Given = dataclasses.field(default_factory=dict)
 
 
 def places(length: int, fraction: float) -> int:
@@ -169,6 +174,7 @@ class Geneformer(nnx.Module):
             remat=c.remat,
             rngs=rngs,
         )
+        self.context = Context(c.context, d, dtype=dtype, rngs=rngs)
         self.median = Buffer(jnp.ones(n_genes), axes=("vocab",))
         if c.n_outputs:
             if c.head == "cell":
@@ -218,15 +224,21 @@ class Geneformer(nnx.Module):
         seen = jnp.where(draw < MASKED, self.mask, jnp.where(draw < MASKED + RANDOM, other, token))
         last = jnp.minimum(p, -lowest[:, -1:])  # where a cell has more hidden tokens than there are places
         shown = jnp.where((uniform <= last) & (uniform < p), seen, token)
-        return Tokens(shown, token != self.pad, position, target, hidden)
+        context = self.context.read(batch, None if self.deterministic else key, required=True)
+        return Tokens(shown, token != self.pad, position, target, hidden, context)
 
     # --------------------------------------------------------------- network
     def __call__(self, tokens: Tokens, keys: Array | None = None) -> Array:
         """The outputs [B, S, E] of the last layer; ``keys`` [B] are those of dropout, or None."""
-        return self.run(tokens.token, tokens.real, keys)
+        return self.run(tokens.token, tokens.real, keys, context=tokens.context)
 
     def run(
-        self, token: Array, real: Array | None = None, keys: Array | None = None, layers: int | None = None
+        self,
+        token: Array,
+        real: Array | None = None,
+        keys: Array | None = None,
+        layers: int | None = None,
+        context: Given | None = None,
     ) -> Array:
         """[B, S, E]: the outputs after the first ``layers`` layers (None: all); 0 for the embedding. Where
         ``real`` is not given, ``<pad>`` is padding."""
@@ -234,7 +246,8 @@ class Geneformer(nnx.Module):
         x = self.gene(token) + (self.rank[...][: token.shape[1]] + self.kind[...][0])
         x = dropout(self.norm(x), c.dropout, fold(keys, 0)).astype(jnp.dtype(c.dtype))
         real = token != self.pad if real is None else real
-        return self.transformer(x, real, keys=fold(keys, 1), layers=layers)
+        x, valid = self.context.beside(x, real, context or {}, self.gene)
+        return self.transformer(x, valid, keys=fold(keys, 1), layers=layers)[:, : real.shape[1]]
 
     def table(self) -> Array:
         """float32 [V, E]: the embedding of every token, which is also the output layer."""
@@ -290,7 +303,8 @@ class Geneformer(nnx.Module):
         c, d, ends = self.config, self.config.d_model, 2 * self.config.specials
         n = jnp.minimum(n_genes, c.max_length - ends)
         head = dense(c.mask_fraction * n, d * d + d * self.n_tokens)
-        return n + ends, softmax_stack(n + ends, d, c.d_ff, c.n_layers) + head
+        tokens = n + ends + self.context.n_tokens
+        return tokens, softmax_stack(tokens, d, c.d_ff, c.n_layers) + head + self.context.work()
 
     def log_frequency(self) -> Array:
         """float32 [V]: log of the share of each token in the batches seen so far, each that may
@@ -307,20 +321,28 @@ class Geneformer(nnx.Module):
         self.token_count[...] = jnp.where(count.max() > 2**23, 0.5, 1.0) * count
 
     # ----------------------------------------------- embedding and classification
-    def embed(self, batch: CellBatch) -> Array:
-        """float32 [B, E]: mean output of ``embed_layer`` over the cell's genes, or that at ``<cls>``."""
-        token = self.sequence(batch)
-        x = self.run(token, layers=self.config.n_layers + self.config.embed_layer).astype(jnp.float32)
+    def embed(self, batch: CellBatch, keys: Array | None = None) -> Array:
+        """float32 [B, E]: mean output of ``embed_layer`` over the cell's genes, or that at ``<cls>``;
+        ``keys`` [B] of dropout, or None."""
+        gene_id, x = self.states(batch, keys)
+        x = x.astype(jnp.float32)
         if self.config.pool == "cls":
             return x[:, 0]
-        gene = token < self.n_genes
+        gene = gene_id >= 0
         total = jnp.where(gene[..., None], x, 0).sum(1)
         return total / jnp.maximum(gene.sum(1, keepdims=True), 1)
+
+    def states(self, batch: CellBatch, keys: Array | None = None) -> tuple[Array, Array]:
+        """``(gene_id, states)``: int32 [B, S], -1 where there is no gene, and [B, S, E], outputs of
+        ``embed_layer``; nothing is hidden."""
+        token, layers = self.sequence(batch), self.config.n_layers + self.config.embed_layer
+        x = self.run(token, keys=keys, layers=layers, context=self.context.read(batch))
+        return jnp.where(token < self.n_genes, token, -1), x
 
     def predict_cell(self, batch: CellBatch) -> Array:
         """float32 [B, n_outputs]: a score for each class of cell, from the first token."""
         self._needs("cell")
-        first = self.run(self.sequence(batch))[:, 0]
+        first = self.run(self.sequence(batch), context=self.context.read(batch))[:, 0]
         return self.head(jnp.tanh(self.pooler(first))).astype(jnp.float32)
 
     def predict_genes(self, batch: CellBatch) -> tuple[Array, Array]:
@@ -328,7 +350,7 @@ class Geneformer(nnx.Module):
         score for each class of gene."""
         self._needs("gene")
         token = self.sequence(batch)
-        scores = self.head(self.run(token)).astype(jnp.float32)
+        scores = self.head(self.run(token, context=self.context.read(batch))).astype(jnp.float32)
         return jnp.where(token < self.n_genes, token, -1), scores
 
     def _needs(self, head: str) -> None:

@@ -17,6 +17,7 @@ from jax import Array
 
 from scjax.config import INF, within
 from scjax.encoding import hidden_capacity, hidden_first, log2_bins, replace_hidden, row_keys, to_all_genes
+from scjax.nn.context import Context, ContextToken, Given
 from scjax.nn.embedder import GeneEmbedder, GeneTable
 from scjax.nn.heads import GeneMapHead
 from scjax.nn.layers import Remat, Stack, fold, layer_norm, linear
@@ -39,6 +40,7 @@ class ScBERTConfig:
       d_model, n_heads, d_head, n_layers, d_ff, dropout: the Performer; its inner width is n_heads * d_head.
       gene_table: see :class:`scjax.nn.embedder.GeneTable`; "frozen" (gene2vec, 200 wide) as published. The
         token that stands for the cell has the vector 0 there.
+      context: further tokens of what is known of a cell, see :class:`scjax.nn.context.ContextToken`.
       stabiliser: see :func:`scjax.nn.performer.favor`; "global" as published.
       redraw_every: training steps after which the random projections are drawn anew; 0 for
         never.
@@ -58,6 +60,7 @@ class ScBERTConfig:
     d_ff: int = 800
     dropout: float = 0.0
     gene_table: GeneTable = GeneTable()
+    context: dict[str, ContextToken] = dataclasses.field(default_factory=dict, hash=False)
     stabiliser: Stabiliser = "head"
     redraw_every: int = 1000
     mask_fraction: float = 0.15
@@ -91,6 +94,7 @@ class Tokens:
       gene_id: int32 [B, M], the hidden genes, any others after them.
       target: int32 [B, M], their tokens.
       hidden: bool [B, M].
+      context: what is known of the cells beside, see :class:`scjax.nn.context.Context`.
     """
 
     shown: Array
@@ -99,6 +103,7 @@ class Tokens:
     gene_id: Array
     target: Array
     hidden: Array
+    context: Given = dataclasses.field(default_factory=dict)
 
 
 class ScBERT(nnx.Module):
@@ -140,6 +145,7 @@ class ScBERT(nnx.Module):
             self.head = GeneMapHead(d, n_genes + 1, c.n_outputs, rngs=rngs)
         else:
             self.bins = linear(d, N_TOKENS, ("embed", None), rngs=rngs)
+        self.context = Context(c.context, d, dtype=dtype, rngs=rngs)
         self.bin_count = Buffer(jnp.zeros((n_genes, N_BINS)), axes=("vocab", None))
         self.calls = Buffer(jnp.zeros((), jnp.int32))
 
@@ -169,6 +175,7 @@ class ScBERT(nnx.Module):
             gene_id=gene_id[:, :n],
             target=target[:, :n],
             hidden=hidden[:, :n],
+            context=self.context.read(batch, None if self.deterministic else key, required=True),
         )
 
     def all_genes(self, batch: CellBatch, token: Array | None = None) -> Tokens:
@@ -178,7 +185,7 @@ class ScBERT(nnx.Module):
         true = to_all_genes(batch.gene_id, token, self.n_genes + 1)
         expressed = to_all_genes(batch.gene_id, (batch.count > 0).astype(jnp.int32), self.n_genes + 1) > 0
         none = jnp.zeros((batch.shape[0], 0), jnp.int32)
-        return Tokens(true, expressed, true[:, :-1], none, none, none > 0)
+        return Tokens(true, expressed, true[:, :-1], none, none, none > 0, self.context.read(batch))
 
     # --------------------------------------------------------------- network
     def __call__(self, tokens: Tokens, keys: Array | None = None) -> Array:
@@ -192,7 +199,10 @@ class ScBERT(nnx.Module):
         kind = jax.nn.one_hot(tokens.shown, N_TOKENS)
         x = jnp.einsum("bsk,ke->bse", kind, self.token[...], precision="highest")
         x = x + self.gene(jnp.arange(self.n_genes + 1))
-        return self.performer(x.astype(jnp.dtype(self.config.dtype)), None, keys=fold(keys, 0))
+        x, n = x.astype(jnp.dtype(self.config.dtype)), x.shape[1]
+        x, valid = self.context.beside(x, jnp.ones(x.shape[:2], bool), tokens.context, self.gene)
+        # without a mask where nothing can be absent
+        return self.performer(x, valid if tokens.context else None, keys=fold(keys, 0))[:, :n]
 
     def predict(self, x: Array) -> Array:
         """float32 [..., N_TOKENS]: logits of the bins from the Performer's outputs [..., E]."""
@@ -233,16 +243,22 @@ class ScBERT(nnx.Module):
 
     def work(self, n_genes: Array) -> tuple[Array, Array]:
         """``(tokens, operations)`` [B] of a training step, see :mod:`scjax.nn.work`; every gene is read."""
-        c, every = self.config, jnp.full_like(n_genes, self.n_genes + 1)
+        c, every = self.config, jnp.full_like(n_genes, self.n_genes + 1 + self.context.n_tokens)
         width = (c.d_model, c.n_heads, c.d_head, c.d_ff, c.n_layers)
-        return every, favor_stack(every, *width, n_features(c.d_head))
+        return every, favor_stack(every, *width, n_features(c.d_head)) + self.context.work()
 
     # ------------------------------------------------------------- embedding
-    def embed(self, batch: CellBatch) -> Array:
-        """float32 [B, E]: see ``pool``; nothing is hidden."""
+    def embed(self, batch: CellBatch, keys: Array | None = None) -> Array:
+        """float32 [B, E]: see ``pool``; nothing is hidden. ``keys`` [B] of dropout, or None."""
         tokens = self.all_genes(batch)
-        x = self(tokens)
+        x = self(tokens, keys)
         if self.config.pool == "cls":
             return self.norm(x[:, -1])
         n = jnp.maximum(tokens.expressed.sum(1, keepdims=True), 1)
         return jnp.einsum("bse,bs->be", self.norm(x), tokens.expressed / n)
+
+    def states(self, batch: CellBatch, keys: Array | None = None) -> tuple[Array, Array]:
+        """``(gene_id, states)``: int32 [B, G], -1 where a gene is not expressed, and float32 [B, G, E]."""
+        tokens = self.all_genes(batch)
+        gene_id = jnp.where(tokens.expressed[:, :-1], jnp.arange(self.n_genes), -1)
+        return gene_id, self.norm(self(tokens, keys)[:, :-1])

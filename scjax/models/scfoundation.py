@@ -31,6 +31,7 @@ from scjax.encoding import (
 )
 from scjax.nn.attention import Backend
 from scjax.nn.baseline import GeneMean
+from scjax.nn.context import Context, ContextToken, Given
 from scjax.nn.embedder import GeneEmbedder, GeneTable
 from scjax.nn.heads import PooledHead
 from scjax.nn.layers import Block, Remat, Stack, layer_norm, linear
@@ -58,6 +59,8 @@ class ScFoundationConfig:
       redraw_every: training steps after which the Performer's projections are drawn anew; 0 for never.
       n_bins, bin_alpha: of the value embedding, see :class:`scjax.nn.soft_bins.SoftBins`.
       gene_table: see :class:`scjax.nn.embedder.GeneTable`.
+      context: further tokens of what is known of a cell, see :class:`scjax.nn.context.ContextToken`; the
+        encoder reads them.
       mask_fraction, zero_mask_fraction: share of the expressed genes, and of the others, to predict.
       replace_fraction, random_fraction: share of the hidden genes that the decoder sees as hidden, and
         with a random value (uniform from 0 to the cell's largest); the rest keep their own. The
@@ -94,6 +97,7 @@ class ScFoundationConfig:
     n_bins: int = 100
     bin_alpha: float = 1.0
     gene_table: GeneTable = GeneTable()
+    context: dict[str, ContextToken] = dataclasses.field(default_factory=dict, hash=False)
     mask_fraction: float = 0.3
     zero_mask_fraction: float = 0.03
     replace_fraction: float = 0.8
@@ -148,6 +152,7 @@ class Tokens:
       direct_value: float32 [B, D], what it is shown.
       direct_hidden: bool [B, D], True where it is shown the vector for a hidden value instead.
       target: float32 [B, M], true values of the hidden genes ``direct_id[:, :M]``.
+      context: what is known of the cells beside, see :class:`scjax.nn.context.Context`.
     """
 
     gene_id: Array
@@ -157,6 +162,7 @@ class Tokens:
     direct_value: Array
     direct_hidden: Array
     target: Array
+    context: Given = dataclasses.field(default_factory=dict)
 
 
 class ScFoundation(nnx.Module):
@@ -210,6 +216,7 @@ class ScFoundation(nnx.Module):
         self.to_value = linear(width, 1, ("embed", None), kernel_init=nnx.initializers.zeros, rngs=rngs)
         if c.n_outputs:
             self.head = PooledHead(d, 256, c.n_outputs, rngs=rngs)
+        self.context = Context(c.context, d, dtype=dtype, rngs=rngs)
         self.calls = Buffer(jnp.zeros((), jnp.int32))  # of the training loss: steps done
         self.gene_mean = GeneMean(n_genes)  # of a gene where it was hidden
 
@@ -265,7 +272,9 @@ class ScFoundation(nnx.Module):
         another = gene_uniform(random, direct_id) * value.max(-1, keepdims=True)
         shown_as = jnp.where(which < c.random_fraction, another, own), which < 0
         depth = jnp.stack([depth_token(total), depth_token(thinned.sum(-1))], axis=-1)
-        return self._tokens(shown_id, shown_value, depth, choice, (direct_id, *shown_as, target))
+        tokens = self._tokens(shown_id, shown_value, depth, choice, (direct_id, *shown_as, target))
+        context = self.context.read(batch, None if self.deterministic else key, required=True)
+        return dataclasses.replace(tokens, context=context)
 
     def whole(self, batch: CellBatch, target: str | None = None) -> Tokens:
         """Tokens of cells as they are, nothing thinned or hidden; ``target`` as in the config."""
@@ -278,7 +287,8 @@ class ScFoundation(nnx.Module):
         keys = row_keys(jax.random.key(0), jnp.zeros_like(batch.row))
         none = jnp.zeros((count.shape[0], 0))
         nothing = (none.astype(jnp.int32), none, none > 0, none)
-        return self._tokens(jnp.where(value > 0, batch.gene_id, -1), value, depth, keys, nothing)
+        tokens = self._tokens(jnp.where(value > 0, batch.gene_id, -1), value, depth, keys, nothing)
+        return dataclasses.replace(tokens, context=self.context.read(batch))
 
     def values(self, count: Array) -> Array:
         """float32 [B, L]: log(1 + counts per 10,000 of the model's genes).
@@ -324,7 +334,8 @@ class ScFoundation(nnx.Module):
         x = value + self.gene(jnp.where(valid, gene_id, self.n_genes + 2)).astype(value.dtype)
         if not depth:
             valid = valid & (gene_id < self.n_genes)
-        return self.encoder_norm(self.encoder(x, valid, keys=keys)).astype(x.dtype)
+        x, valid = self.context.beside(x, valid, tokens.context, self.gene)
+        return self.encoder_norm(self.encoder(x, valid, keys=keys)[:, : gene_id.shape[1]]).astype(x.dtype)
 
     def decode(self, tokens: Tokens, encoded: Array, sites: Array) -> Array:
         """[B, M, D]: the decoder's output, both norms applied, at the genes ``sites`` int32 [B, M]."""
@@ -398,22 +409,25 @@ class ScFoundation(nnx.Module):
     def work(self, n_genes: Array) -> tuple[Array, Array]:
         """``(tokens, operations)`` [B] of a training step, see :mod:`scjax.nn.work`. Every gene is a token, T
         and S are two more. A thinned cell is taken to lose genes as it loses counts; it loses fewer."""
-        c, every = self.config, jnp.full_like(n_genes, self.n_genes + 2)
+        c, more = self.config, self.context.n_tokens
+        every = jnp.full_like(n_genes, self.n_genes + 2)
         a, b = c.thinning_beta
         kept = n_genes * (1 - c.thinning * b / (a + b)) * (1 - c.mask_fraction)
         read = jnp.minimum(kept, c.encoder_length) + 2
         decoder = (c.decoder_d_model, c.decoder_n_heads, c.decoder_d_head, c.decoder_d_ff, c.decoder_n_layers)
-        both = softmax_stack(read, c.d_model, c.d_ff, c.n_layers) + dense(read, c.d_model * c.decoder_d_model)
-        return every, both + favor_stack(every, *decoder, n_features(c.decoder_d_head))
+        both = softmax_stack(read + more, c.d_model, c.d_ff, c.n_layers) + self.context.work()
+        both += dense(read, c.d_model * c.decoder_d_model)
+        return every + more, both + favor_stack(every, *decoder, n_features(c.decoder_d_head))
 
     # ------------------------------------------------------------- embedding
-    def embed(self, batch: CellBatch, target: str | None = None) -> Array:
+    def embed(self, batch: CellBatch, keys: Array | None = None, *, target: str | None = None) -> Array:
         """float32 [B, 4 E]: outputs at S and T, maximum and mean over the genes; [B, E] for pool "max".
 
-        A cell without genes has maximum and mean 0. ``target`` as in the config, whose own by default.
+        A cell without genes has maximum and mean 0. ``keys`` [B] of dropout, or None; ``target`` as in the
+        config, whose own by default.
         """
         tokens = self.whole(batch, target)
-        encoded = self.encoder_states(tokens).astype(jnp.float32)
+        encoded = self.encoder_states(tokens, keys).astype(jnp.float32)
         genes, t, s = encoded[:, :-2], encoded[:, -2], encoded[:, -1]
         pooled = self._pooled(tokens, depth=True)
         if self.config.pool == "max":
@@ -426,6 +440,12 @@ class ScFoundation(nnx.Module):
         """bool [B, S + 2, 1]: the rows that pooling takes."""
         genes = jnp.full(tokens.gene_id.shape, True) if self.config.pool_pads else tokens.gene_id >= 0
         return jnp.pad(genes, ((0, 0), (0, 2)), constant_values=depth)[..., None]
+
+    def states(self, batch: CellBatch, keys: Array | None = None) -> tuple[Array, Array]:
+        """``(gene_id, states)``: int32 [B, S], -1 where padded, and [B, S, E], the encoder's outputs at the
+        genes that it reads; nothing is hidden. :meth:`gene_states` are the decoder's, at all genes."""
+        tokens = self.whole(batch)
+        return tokens.gene_id, self.encoder_states(tokens, keys)[:, :-2]
 
     def gene_states(self, batch: CellBatch, target: str | None = None) -> Array:
         """float32 [B, n_genes, D]: each gene in the context of the cell; see :meth:`decode`."""

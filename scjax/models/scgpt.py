@@ -21,25 +21,21 @@ from flax import nnx
 from jax import Array
 
 from scjax.config import INF, within
-from scjax.encoding import bin_quantiles, log1p, mask_genes, normalize_total, row_keys, select_genes
-from scjax.encoding.unknown import split_unknown, unknown_room, with_zeros
+from scjax.encoding import bin_quantiles, log1p, normalize_total, row_keys, select_genes
+from scjax.encoding.unknown import hide_shares, split_unknown, unknown_room, with_zeros
 from scjax.encoding.values import Tie
 from scjax.nn.attention import Backend
 from scjax.nn.baseline import GeneMean
 from scjax.nn.batchnorm import DomainBatchNorm
 from scjax.nn.branch import switch_loss
+from scjax.nn.context import Context, ContextToken, Given
 from scjax.nn.decoders import BatchVector, CellHead, PromptDecoder, ValueDecoder
 from scjax.nn.embedder import GeneEmbedder, GeneTable
 from scjax.nn.layers import MLP, Block, Remat, Stack, dropout, fold, layer_norm
 from scjax.nn.module import Buffer
 from scjax.nn.work import dense, softmax_stack
-from scjax.objectives import (
-    elastic_cell_similarity,
-    expressed_nll,
-    label_cross_entropy,
-    masked_mse,
-    reverse_gradient,
-)
+from scjax.objectives import elastic_cell_similarity, expressed_nll, label_cross_entropy, masked_mse
+from scjax.objectives.adversarial import reverse_gradient
 from scjax.types import CellBatch
 
 PAD_VALUE = -2.0
@@ -53,6 +49,7 @@ class ScGPTConfig:
     Attributes:
       d_model, n_heads, n_layers, d_ff, dropout, norm: the transformer; "post" as published, or "pre".
       gene_table: where gene embeddings come from, see :class:`scjax.nn.embedder.GeneTable`.
+      context: further tokens of what is known of a cell, see :class:`scjax.nn.context.ContextToken`.
       max_length: tokens a cell, CLS included; cells with more genes are sampled down in training
         and cut to their most expressed genes for an embedding.
       values: "binned" (quantile bins 1 .. n_bins - 1) or "log1p" (log of counts per 10,000).
@@ -93,6 +90,7 @@ class ScGPTConfig:
     dropout: float = 0.2
     norm: Literal["post", "pre"] = "post"
     gene_table: GeneTable = GeneTable()
+    context: dict[str, ContextToken] = dataclasses.field(default_factory=dict, hash=False)
     max_length: int = 1200
     values: Literal["binned", "log1p"] = "binned"
     n_bins: int = 51
@@ -156,6 +154,7 @@ class Tokens:
       fraction: which of ``mask_fractions`` is unknown in "generative" tokens: the first
         floor(N * fraction) slots are theirs. None where all genes are known, if only by a hidden value.
       cls_hidden: bool [B], or None for no.
+      context: what is known of the cells beside, see :class:`scjax.nn.context.Context`.
     """
 
     gene_id: Array
@@ -164,6 +163,7 @@ class Tokens:
     hidden: Array
     fraction: int | Array | None = None
     cls_hidden: Array | None = None
+    context: Given = dataclasses.field(default_factory=dict)
 
 
 class ScGPT(nnx.Module):
@@ -214,6 +214,7 @@ class ScGPT(nnx.Module):
         if c.n_outputs:
             self.head = CellHead(d, c.n_outputs, activation="relu", **typed)
         self.gene_mean = GeneMean(n_genes)
+        self.context = Context(c.context, d, **typed)
 
     # whether a loss depends on which cells are in a micro-batch together
     compares_cells = staticmethod(lambda config: config.ecs_weight > 0 or config.batch_norm != "none")
@@ -237,6 +238,7 @@ class ScGPT(nnx.Module):
         c, n = self.config, self.config.max_length - 1
         if c.zeros:
             batch = with_zeros(batch, self.n_genes)
+        context = self.context.read(batch, None if self.deterministic else key, required=True)
         bins, choice, share, mask = jax.random.split(key, 4)
         choice = row_keys(choice, batch.row)
         # values come before the choice of genes: a gene's bin is its rank in the whole cell
@@ -246,19 +248,16 @@ class ScGPT(nnx.Module):
             alone = self.deterministic or count == 1
             drawn = count // 2 if alone else jax.random.randint(share, (), 0, count)
             gene_id, target, hidden = split_unknown(batch.gene_id, target, n, c.mask_fractions, drawn, choice)
-            return Tokens(gene_id, jnp.where(hidden, c.mask_value, target), target, hidden, drawn)
-
-        gene_id, target = select_genes(batch.gene_id, target, n, choice)
-        fractions = jnp.asarray(c.mask_fractions, jnp.float32)
-        drawn = jax.vmap(lambda k: jax.random.choice(k, fractions))(row_keys(share, batch.row))
-        cls_id = jnp.full_like(gene_id[:, :1], self.n_genes + 1)
-        candidates = jnp.concatenate([cls_id, gene_id], axis=1) if c.mask_cls else gene_id
-        hidden = mask_genes(candidates, drawn, row_keys(mask, batch.row))
-        cls_hidden, hidden = (hidden[:, 0], hidden[:, 1:]) if c.mask_cls else (None, hidden)
-        # slots have no order of their own: with the hidden genes first, the heads can skip the rest
-        slot = jnp.argsort(~hidden, axis=-1)
-        gene_id, target, hidden = (jnp.take_along_axis(x, slot, axis=-1) for x in (gene_id, target, hidden))
-        return Tokens(gene_id, jnp.where(hidden, c.mask_value, target), target, hidden, None, cls_hidden)
+            cls_hidden = None
+        else:
+            drawn, cls_id = None, self.n_genes + 1 if c.mask_cls else None
+            gene_id, target = select_genes(batch.gene_id, target, n, choice)
+            keys = row_keys(share, batch.row), row_keys(mask, batch.row)
+            gene_id, target, hidden, cls_hidden = hide_shares(
+                gene_id, target, c.mask_fractions, *keys, cls_id
+            )
+        shown = jnp.where(hidden, c.mask_value, target)
+        return Tokens(gene_id, shown, target, hidden, drawn, cls_hidden, context)
 
     # --------------------------------------------------------------- network
     def gene_embedding(self, gene_id: Array) -> Array:
@@ -274,8 +273,8 @@ class ScGPT(nnx.Module):
     def _inputs(
         self, tokens: Tokens, unknown: int, keys: Array | None, batch: CellBatch | None, train: bool
     ) -> tuple[Array, Array, Array]:
-        """Embedded tokens [B, N+1, E] with CLS behind the ``unknown`` first, their genes' vectors, and which
-        of them are not padding."""
+        """Embedded tokens [B, N+1+T, E], CLS behind the ``unknown`` first and the T of the context last; the
+        vectors of the N+1 genes; and which of the tokens are there."""
         c = self.config
         gene_id, value = tokens.gene_id, jnp.where(tokens.gene_id < 0, PAD_VALUE, tokens.value)
         cls_id = jnp.full_like(gene_id[:, :1], self.n_genes + 1)
@@ -293,37 +292,33 @@ class ScGPT(nnx.Module):
             domain = jnp.full(x.shape[:1], -1) if batch is None else self._batch_of(batch)
             counted = valid if batch is None else valid * batch.weight[:, None]
             x = self.domain_norm(x, counted, domain, train=train)
+        x, valid = self.context.beside(x, valid, tokens.context, self.gene_embedding)
         return x, gene, valid
 
-    def _transform(self, x: Array, valid: Array, unknown: int, keys: Array | None) -> tuple[Array, Array]:
-        """``(cell [B, E], states [B, N+1, E])`` of embedded tokens."""
+    def _transform(
+        self, x: Array, valid: Array, n: int, unknown: int, keys: Array | None
+    ) -> tuple[Array, Array]:
+        """``(cell [B, E], states [B, n, E])`` of embedded tokens; the first ``n`` are CLS and genes."""
         c = self.config
         options = {"unknown": unknown, "project_unknown": c.project_unknown}
-        x = self.transformer(x.astype(jnp.dtype(c.dtype)), valid, keys=keys, **options)
+        x = self.transformer(x.astype(jnp.dtype(c.dtype)), valid, keys=keys, **options)[:, :n]
         if c.norm == "pre":
             x = self.final_norm(x)
         if c.pool == "cls":
             return x[:, unknown], x
-        counted = jnp.ones_like(valid[:, unknown:]) if c.pool_pads else valid[:, unknown:]
+        counted = jnp.ones_like(valid[:, unknown:n]) if c.pool_pads else valid[:, unknown:n]
         total = jnp.einsum("bse,bs->be", x[:, unknown:], counted.astype(x.dtype))
         return total / counted.sum(1, keepdims=True).astype(x.dtype), x
 
     def __call__(
         self, tokens: Tokens, keys: Array | None = None, batch: CellBatch | None = None
     ) -> tuple[Array, Array]:
-        """Runs the transformer.
-
-        Args:
-          tokens: from :meth:`encode`.
-          keys: dropout keys [B], or None.
-          batch: tells ``batch_norm`` the cells' batches; None for cells of unknown batch.
-
-        Returns: ``(cell, genes)``: [B, E], the cell embedding, and [B, N, E].
-        """
+        """``(cell, genes)``: [B, E], the cell embedding, and [B, N, E]. ``keys`` [B] are those of dropout, or
+        None; ``batch`` tells ``batch_norm`` the cells' batches, None for cells of unknown batch."""
 
         def run(unknown: int) -> tuple[Array, Array]:
-            x, _, valid = self._inputs(tokens, unknown, keys, batch, train=False)
-            cell, states = self._transform(x, valid, unknown, fold(keys, 1))
+            x, gene, valid = self._inputs(tokens, unknown, keys, batch, train=False)
+            cell, states = self._transform(x, valid, gene.shape[1], unknown, fold(keys, 1))
             return cell, jnp.concatenate([states[:, :unknown], states[:, unknown + 1 :]], axis=1)
 
         rooms = self._rooms(tokens)
@@ -410,7 +405,8 @@ class ScGPT(nnx.Module):
                 sums[f"{name}_expressed_nll"] = expressed_nll(logit, target, mask)[0]
 
         x, gene, valid = self._inputs(tokens, unknown, keys, batch, train=not self.deterministic)
-        cell, states = self._transform(x, valid, unknown, fold(keys, 1))
+        n = gene.shape[1]
+        cell, states = self._transform(x, valid, n, unknown, fold(keys, 1))
         take("masked", self.decoder(states[:, own], told))
         if c.mvc_weight:
             take("mvc", self.mvc(gene[:, own], cell, told))
@@ -419,7 +415,7 @@ class ScGPT(nnx.Module):
 
             def second(model: Any, inputs: Any, given: Any) -> tuple[Array, None]:
                 (x, told), (valid, keys, target, mask) = inputs, given
-                _, states = model._transform(x, valid, unknown, fold(keys, 2))
+                _, states = model._transform(x, valid, n, unknown, fold(keys, 2))
                 return masked_mse(model.decoder(states[:, own], told)[0], target, mask)[0], None
 
             sums["second_mse"], _ = switch_loss(
@@ -438,11 +434,8 @@ class ScGPT(nnx.Module):
         c, d = self.config, self.config.d_model
         present = jnp.where(n_genes > 0, float(self.n_genes), 0.0) if c.zeros else n_genes
         n = jnp.minimum(present, c.max_length - 1)
-        tokens, hidden, heads = (
-            n + 1,
-            n * sum(c.mask_fractions) / len(c.mask_fractions),
-            1 + c.zero_probability,
-        )
+        hidden, heads = n * sum(c.mask_fractions) / len(c.mask_fractions), 1 + c.zero_probability
+        tokens = n + 1 + self.context.n_tokens
         known, passes = tokens, jnp.ones(())
         if c.objective == "generative":  # the unknown are seen by none but themselves
             known = tokens - hidden
@@ -451,27 +444,33 @@ class ScGPT(nnx.Module):
         projected = tokens if c.project_unknown else known
         each = softmax_stack(tokens, d, c.d_ff, c.n_layers, keys=known, projected=projected)
         each += dense(hidden, heads * ((2 + c.batch_decoder) * d * d + d))
-        once = dense(known, d * d) + (dense(hidden, d * d) if c.mvc_weight else 0.0)
-        return tokens, passes * each + once
+        once = dense(known - self.context.n_tokens, d * d) + (dense(hidden, d * d) if c.mvc_weight else 0.0)
+        return tokens, passes * each + once + self.context.work()
 
     # ------------------------------------------------------------- embedding
-    def _cell(self, batch: CellBatch) -> Array:
-        """[B, E]: the cell embedding, of the most expressed genes, none hidden."""
+    def _whole(self, batch: CellBatch, keys: Array | None = None) -> tuple[Array, Array, Array]:
+        """``(gene_id [B, N], cell [B, E], states [B, N, E])`` of the most expressed genes, none hidden."""
         c = self.config
         if c.zeros:
             batch = with_zeros(batch, self.n_genes)
         value = self.values(batch, None)
         # ties between genes fall alike in every cell, whatever its number
         row = batch.row if c.embed_genes == "random" else jnp.zeros_like(batch.row)
-        keys = row_keys(jax.random.key(0), row)
-        gene_id, value = select_genes(batch.gene_id, value, c.max_length - 1, keys, method=c.embed_genes)
-        return self(Tokens(gene_id, value, value, gene_id < -1), batch=batch)[0]
+        ties = row_keys(jax.random.key(0), row)
+        gene_id, value = select_genes(batch.gene_id, value, c.max_length - 1, ties, method=c.embed_genes)
+        tokens = Tokens(gene_id, value, value, gene_id < -1, context=self.context.read(batch))
+        return gene_id, *self(tokens, keys, batch)
 
-    def embed(self, batch: CellBatch) -> Array:
-        """float32 [B, E]: the cell embedding, scaled to length 1."""
-        cell = self._cell(batch).astype(jnp.float32)
+    def embed(self, batch: CellBatch, keys: Array | None = None) -> Array:
+        """float32 [B, E]: the cell embedding, scaled to length 1; ``keys`` [B] of dropout, or None."""
+        cell = self._whole(batch, keys)[1].astype(jnp.float32)
         return cell / jnp.linalg.norm(cell, axis=-1, keepdims=True)
+
+    def states(self, batch: CellBatch, keys: Array | None = None) -> tuple[Array, Array]:
+        """``(gene_id, states)``: int32 [B, N], -1 where padded, and [B, N, E]; nothing is hidden."""
+        gene_id, _, states = self._whole(batch, keys)
+        return gene_id, states
 
     def predict_cell(self, batch: CellBatch) -> Array:
         """float32 [B, n_outputs]: logits of the classes."""
-        return self.head(self._cell(batch)).astype(jnp.float32)
+        return self.head(self._whole(batch)[1]).astype(jnp.float32)

@@ -7,6 +7,7 @@ transformer. Whatever is absent is masked as a key: the cell is then read as if 
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from jax import Array
 
 from scjax.config import ConfigError, nearest
 from scjax.encoding import row_keys
-from scjax.nn.layers import MLP, fold, layer_norm
+from scjax.nn.layers import MLP, layer_norm
 from scjax.nn.work import dense
 from scjax.types import CellBatch
 
@@ -68,12 +69,10 @@ class ContextToken:
     def __post_init__(self) -> None:
         for name in ("size", "width", "frequencies"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"context: {name} = {getattr(self, name)} of a {self.kind!r} is less than 1")
+                raise ConfigError(f"context: {name} = {getattr(self, name)} of a {self.kind!r} is below 1")
         if not 0 <= self.dropout <= 1 or self.scale <= 0:
-            raise ConfigError(
-                f"context: dropout = {self.dropout} of a {self.kind!r} lies from 0 to 1, scale = {self.scale} "
-                "above 0"
-            )
+            found = f"dropout = {self.dropout} and scale = {self.scale}"
+            raise ConfigError(f"context: {found} of a {self.kind!r}: from 0 to 1, and above 0")
 
     @property
     def n_tokens(self) -> int:
@@ -122,9 +121,9 @@ class Context(nnx.Module):
                 continue
             absent = jnp.zeros(batch.row.shape, bool)
             if key is not None and token.dropout:
-                keys = row_keys(jax.random.fold_in(key, DROPOUT), batch.row)
-                keys = fold(keys, zlib.crc32(name.encode()))  # the draws of a name do not hang on the others
-                absent = jax.vmap(jax.random.uniform)(keys) < token.dropout
+                # a key of its own, so that the draws of a name do not hang on the others
+                own = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), zlib.crc32(name.encode()))
+                absent = jax.vmap(jax.random.uniform)(row_keys(own, batch.row)) < token.dropout
             given[name] = _checked(name, token, jnp.asarray(there[name]), absent)
         return given
 
@@ -173,7 +172,7 @@ class _Token(nnx.Module):
         self.norm = layer_norm(d, rngs=rngs)
 
     def __call__(self, value: Array, gene: Callable[[Array], Array]) -> tuple[Array, Array]:
-        """``(tokens float32 [B, T, E], whether they are there bool [B, T])`` of what :meth:`Context.read` gave."""
+        """``(tokens float32 [B, T, E], bool [B, T])``: which are there, of what ``read`` gave."""
         c, table = self.config, getattr(self, "embedding", None)
         if c.kind == "label":
             assert table is not None
@@ -213,13 +212,12 @@ def _checked(name: str, token: ContextToken, value: Array, absent: Array) -> Arr
     """
     size, n = token.size, len(absent)
     per_cell = {"label": (), "neighbours": (size, token.width)}.get(token.kind, (size,))
-    total = 1
-    for axis in per_cell:
-        total *= axis
+    total = math.prod(per_cell)
     if value.size != n * total or len(value) != n:
+        wide = f" and width {token.width}" if token.kind == "neighbours" else ""
         raise ValueError(
-            f"context: {name!r} has {value.size // max(len(value), 1)} numbers a cell; the {token.kind} token of "
-            f"size {size}{f' and width {token.width}' if token.kind == 'neighbours' else ''} takes {total}"
+            f"context: {name!r} has {value.size // max(len(value), 1)} numbers a cell; the {token.kind} "
+            f"token of size {size}{wide} takes {total}"
         )
     value, absent = value.reshape(n, *per_cell), absent.reshape(n, *(1,) * len(per_cell))
     if token.kind == "label":
