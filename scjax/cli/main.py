@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scjax import __version__
-from scjax.cli import configs, corpus, evaluation, launch, mapping, runs, suites
+from scjax.cli import configs, corpus, evaluation, genes, launch, mapping, runs, suites
 from scjax.cli.shared import add_reading, err, escape, out, read, refuse_existing, write_whole
 
 
@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     corpus.add_commands(commands)
+    genes.add_commands(commands)
 
     command = commands.add_parser("embed", help="add a model's cell embedding to an h5ad file")
     command.set_defaults(run=embed)

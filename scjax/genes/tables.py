@@ -91,6 +91,20 @@ def read_vectors(path: str | pathlib.Path) -> GeneValues:
     return GeneValues(*_once(path, names, values), str(path))
 
 
+def write_vectors(
+    path: str | pathlib.Path,
+    names: Sequence[str],
+    vectors: np.ndarray,
+    about: dict[str, object] | None = None,
+) -> None:
+    """One vector a gene as ``.npz``, for :func:`read_vectors`; ``about`` says as JSON how they were made."""
+    vectors = np.asarray(vectors, np.float32)
+    if vectors.ndim != 2 or len(vectors) != len(names) or not np.isfinite(vectors).all():
+        raise ValueError(f"vectors are finite numbers [{len(names)}, E], one row a name; got {vectors.shape}")
+    with pathlib.Path(path).open("wb") as file:  # numpy would add .npz to a name that has it not
+        np.savez(file, names=np.array(names, str), vectors=vectors, about=np.array(json.dumps(about or {})))
+
+
 def read_medians(path: str | pathlib.Path) -> GeneValues:
     """One positive number a gene: ``.json``, {name: number}, or ``.tsv`` / ``.csv`` of name and number.
 
