@@ -1,7 +1,49 @@
-"""Adapting a trained model to tasks: heads, frozen layers, LoRA, task training."""
+"""Adapting a trained model to tasks: heads, frozen layers, LoRA, task training, calibration."""
 
+from scjax.finetune.calibration import Rule, fit_temperature, judge, reliability, unassigned_rule
+from scjax.finetune.fit import FitConfig, base_of, fit, predict
 from scjax.finetune.lora import LoRA, merge
 from scjax.finetune.model import Finetuned, FinetunedConfig
+from scjax.finetune.rates import layer_rates, make_finetune_optimizer, optimizer_bytes
+from scjax.finetune.run import (
+    SYSTEM,
+    FinetuneConfig,
+    Reader,
+    Stopping,
+    calibrate,
+    complete,
+    frequencies,
+    put,
+    validation_error,
+)
 from scjax.finetune.tasks import Head, Task
 
-__all__ = ["Finetuned", "FinetunedConfig", "Head", "LoRA", "Task", "merge"]
+__all__ = [
+    "SYSTEM",
+    "FinetuneConfig",
+    "Finetuned",
+    "FinetunedConfig",
+    "FitConfig",
+    "Head",
+    "LoRA",
+    "Reader",
+    "Rule",
+    "Stopping",
+    "Task",
+    "base_of",
+    "calibrate",
+    "complete",
+    "fit",
+    "fit_temperature",
+    "frequencies",
+    "judge",
+    "layer_rates",
+    "make_finetune_optimizer",
+    "merge",
+    "optimizer_bytes",
+    "predict",
+    "put",
+    "reliability",
+    "unassigned_rule",
+    "validation_error",
+]

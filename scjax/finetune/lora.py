@@ -17,7 +17,7 @@ from flax import nnx
 
 from scjax.config import ConfigError, nearest
 from scjax.nn.linear import Linear, LinearGeneral
-from scjax.nn.module import Buffer, flatten, nest
+from scjax.nn.module import Buffer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def attach(module: nnx.Module, config: LoRA, rngs: nnx.Rngs) -> None:
       ConfigError: a pattern that matches no kernel of a :class:`scjax.nn.linear.Linear`; names those there
         are.
     """
-    layers = {
+    layers: dict[str, Any] = {
         path: layer
         for path, layer, name, _ in variables_of(module)
         if name == "kernel" and isinstance(layer, (Linear, LinearGeneral))
@@ -109,19 +109,18 @@ def merge(arrays: Mapping[str, Any], scale: float) -> dict[str, Any]:
     """Arrays of a base with its adapters worked into the kernels, and the adapters gone.
 
     Args:
-      arrays: nested dicts, of params and buffers together.
+      arrays: by path, params and buffers together.
       scale: :attr:`LoRA.scale`.
     """
-    flat = flatten(arrays)
-    out = {path: x for path, x in flat.items() if path.rsplit("/", 1)[-1] not in ("lora_a", "lora_b")}
-    for path, a in flat.items():
+    out = {path: x for path, x in arrays.items() if not path.endswith(("/lora_a", "/lora_b"))}
+    for path, a in arrays.items():
         if not path.endswith("/lora_a"):
             continue
         name = path.removesuffix("lora_a")
-        a, b, kernel = (np.asarray(x, np.float64) for x in (a, flat[f"{name}lora_b"], flat[f"{name}kernel"]))
-        # all but the last dimension of A stand first in the kernel; those of B after its r stand last
-        stacked = a.ndim + b.ndim - 2 - kernel.ndim
-        layers = kernel.shape[:stacked]
+        a, b, kernel = (
+            np.asarray(x, np.float64) for x in (a, arrays[f"{name}lora_b"], arrays[f"{name}kernel"])
+        )
+        layers = kernel.shape[: a.ndim + b.ndim - 2 - kernel.ndim]  # a stack has one leading dimension
         product = a.reshape(*layers, -1, a.shape[-1]) @ b.reshape(*layers, a.shape[-1], -1)
         out[f"{name}kernel"] = (kernel + scale * product.reshape(kernel.shape)).astype(np.float32)
-    return nest(out)
+    return out

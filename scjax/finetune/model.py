@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from scjax.config import ConfigError, from_config
+from scjax.config import ConfigError
 from scjax.encoding import row_keys
 from scjax.finetune.lora import LoRA, attach, freeze, matching, variables_of
 from scjax.finetune.tasks import Head, Task
@@ -31,7 +31,7 @@ class FinetunedConfig:
     Attributes:
       base: ``{"system", "model"}`` of the base; ``experiments/finetune.py`` takes it from the run that it
         starts from.
-      tasks: name -> fields of :class:`scjax.finetune.Task`.
+      tasks: name -> :class:`scjax.finetune.Task`.
       train: "head", the base is frozen; "lora", and has adapters; "all".
       freeze: patterns of paths of the base that are frozen with "all" too, such as "gene/*".
       lora: the adapters, with "lora".
@@ -39,7 +39,7 @@ class FinetunedConfig:
     """
 
     base: dict[str, Any] = dataclasses.field(default_factory=dict)
-    tasks: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tasks: dict[str, Task] = dataclasses.field(default_factory=dict)
     train: Literal["head", "lora", "all"] = "head"
     freeze: tuple[str, ...] = ()
     lora: LoRA = LoRA()
@@ -48,10 +48,7 @@ class FinetunedConfig:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ConfigError("model.tasks is empty: say what is to be predicted")
-        tasks = {name: from_config(Task, of, f"config.model.tasks.{name}") if not isinstance(of, Task) else of
-                 for name, of in self.tasks.items()}  # fmt: skip
-        object.__setattr__(self, "tasks", tasks)
-        reversed_ = [name for name, task in tasks.items() if task.reverse]
+        reversed_ = [name for name, task in self.tasks.items() if task.reverse]
         if self.train == "head" and (reversed_ or self.objective_weight):
             what = f"the reversed task {reversed_[0]!r}" if reversed_ else "objective_weight"
             raise ConfigError(f'model.train = "head" freezes the base, which {what} is to train')
@@ -110,18 +107,17 @@ class Finetuned(Wrapper):
 
     # --------------------------------------------------------------------------------- vectors
     def features(self, batch: CellBatch, keys: Array | None = None) -> Array:
-        """float [B, D]: what the heads of cells read, the base's embedding; ``keys`` [B] for dropout."""
-        return (
-            self.base.embed(batch, keys) if keys is not None and self.takes_keys else self.base.embed(batch)
-        )
+        """float [B, D]: what heads of cells read, the base's embedding; ``keys`` [B] for dropout."""
+        if keys is None or not self.takes_keys:
+            return self.base.embed(batch)
+        return self.base.embed(batch, keys)
 
     def outputs(self, batch: CellBatch, keys: Array | None = None) -> tuple[dict[str, Array], Array | None]:
-        """``(outputs, gene_id)``: of each task float32 [B, size], or [B, S, size] at the level of genes, which
-        are then int32 [B, S], -1 for none."""
+        """``(outputs, gene_id)``: of each task float32 [B, size], or [B, S, size] at the level of genes,
+        which are then int32 [B, S], -1 for none."""
         levels = {task.level for task in self.config.tasks.values()}
-        cell = self.features(batch, keys) if "cell" in levels else None
-        gene_id, gene = self.states(batch, keys) if "gene" in levels else (None, None)
-        x = {"cell": cell, "gene": gene}
+        x: dict[str, Any] = {"cell": self.features(batch, keys)} if "cell" in levels else {}
+        gene_id, x["gene"] = self.states(batch, keys) if "gene" in levels else (None, None)
         return {name: head(x[head.task.level]) for name, head in self.heads.items()}, gene_id
 
     def predict(self, batch: CellBatch) -> dict[str, Array]:
@@ -157,7 +153,10 @@ class Finetuned(Wrapper):
                 f"model.tasks.{name} reads the {kind} {source!r}; batches have {sorted(there)}. data.{kind}s "
                 "names what they carry"
             )
-        return jnp.asarray(there[source]), jnp.asarray(batch.weight)
+        target = jnp.asarray(there[source])
+        if task.rank:  # code -> place in the order; the last entry is that of -1
+            target = jnp.asarray((*task.rank, -1))[target]
+        return target, jnp.asarray(batch.weight)
 
     def loss(self, batch: CellBatch, key: Array) -> tuple[Any, Any, dict[str, tuple[Array, Array]]]:
         """One objective a task, and the base's own where it has a weight; metrics are called TASK_..."""
@@ -165,7 +164,9 @@ class Finetuned(Wrapper):
         frozen = self.deterministic or self.config.train == "head"
         keys = None if frozen else row_keys(drop_key, batch.row)
         outputs, gene_id = self.outputs(batch, keys)
-        sums, weights, metrics = {}, {}, {}
+        sums: dict[str, Any] = {}
+        weights: dict[str, Any] = {}
+        metrics: dict[str, tuple[Array, Array]] = {}
         for name, head in self.heads.items():
             total, weights[name], told = head.loss(outputs[name], *self.target(name, batch, gene_id))
             sums[name] = head.task.weight * total

@@ -32,7 +32,9 @@ class Task:
       weight: of the task beside others.
       reverse: the base is trained to make the task impossible, by the gradient times minus this (DAB,
         adversarial training; Ganin and Lempitsky 2015). 0 for a task that is to be learned.
-      order: of "ordinal", the categories of the label from the lowest on; () where codes are in order.
+      order: of "ordinal", the categories of the label from the lowest on; those not named do not count. ()
+        where the codes of the label are in order.
+      rank: place in the order of each code, worked out from ``order`` by :func:`scjax.finetune.complete`.
       class_weight: of the cells of each class; () for 1.
       prior: frequency of each class among the cells that are drawn, for ``logit_adjustment``.
       logit_adjustment: tau; the loss is that of logits + tau log(prior), so that the logits themselves are
@@ -47,6 +49,7 @@ class Task:
     weight: float = 1.0
     reverse: float = 0.0
     order: tuple[str, ...] = ()
+    rank: tuple[int, ...] = ()
     class_weight: tuple[float, ...] = ()
     prior: tuple[float, ...] = ()
     logit_adjustment: float = 0.0
@@ -62,7 +65,7 @@ class Task:
         if self.size < least:
             raise ConfigError(
                 f"{where}.size = {self.size}; a task of kind {self.kind!r} has at least {least}. "
-                "experiments/finetune.py works it out from the corpus where it is 0"
+                "experiments/finetune.py works out from the corpus one that is 0"
             )
         for field in ("class_weight", "prior"):
             given = getattr(self, field)
@@ -154,11 +157,11 @@ class Head(nnx.Module):
 
 
 def _cumulative(score: Array, cuts: Array) -> Array:
-    """log P(class) [..., C] of a score [...] between C - 1 cuts that rise: P(class > k) = sigmoid(score - k-th
-    cut), the proportional odds of McCullagh (1980)."""
+    """log P(class) [..., C] of a score [...] between C - 1 cuts that rise: P(class > k) is the sigmoid of
+    score - k-th cut, the proportional odds of McCullagh (1980)."""
     rising = jnp.concatenate([cuts[:1], cuts[:1] + jnp.cumsum(jax.nn.softplus(cuts[1:]))])
     above = score[..., None] - rising  # logit of being above each cut
-    # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)), which loses nothing where both are near 1
+    # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)), exact where both are near 1, too
     first, last = jax.nn.log_sigmoid(-above[..., :1]), jax.nn.log_sigmoid(above[..., -1:])
     a, b = above[..., :-1], above[..., 1:]
     between = jax.nn.log_sigmoid(a) + jax.nn.log_sigmoid(-b) + jnp.log1p(-jnp.exp(b - a))

@@ -1,0 +1,289 @@
+"""The pieces of a fine-tuning run, which ``experiments/finetune.py`` and :func:`scjax.finetune.fit` put
+together."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scjax.config import ConfigError, nearest
+from scjax.finetune.calibration import judge
+from scjax.finetune.tasks import Task
+from scjax.nn.module import Abstract, bind, flatten, nest
+from scjax.parallel import Layout, batch_sharding, place, replicated
+from scjax.train import RunConfig
+from scjax.train.state import State, judged_params, shardings_of
+from scjax.types import CellBatch
+
+N_CELLS = 2048  # of training, which the scales of features and targets are taken from
+SYSTEM = "scjax.finetune.model:Finetuned"
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """Everything a fine-tuning run is made from. ``start`` is the base, ``model`` that of
+    :class:`scjax.finetune.FinetunedConfig`, whose ``base`` is taken from there.
+
+    Attributes:
+      random_start: begin with the network of ``start`` and random weights: the control that shows what its
+        training was worth. Tables and medians stay.
+      layer_decay, freeze_layers: see :func:`scjax.finetune.layer_rates`.
+      patience: evaluations without a better validation error after which the run ends; None for never. The
+        best state is what the run hands over in any case.
+      max_error: of the rule that leaves cells unassigned, see :func:`scjax.finetune.unassigned_rule`.
+    """
+
+    random_start: bool = False
+    layer_decay: float = 1.0
+    freeze_layers: int = 0
+    patience: int | None = None
+    max_error: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start is None:
+            raise ConfigError("config.start is missing: the run, or imported model, that is fine-tuned")
+        if self.patience is not None and self.patience < 1:
+            raise ConfigError(f"config.patience is {self.patience}; give a number of evaluations, from 1")
+        if (self.layer_decay != 1 or self.freeze_layers) and self.model.get("train") != "all":
+            raise ConfigError('layer_decay and freeze_layers go with model.train = "all"')
+        if self.train.probe_every is not None:
+            raise ConfigError("train.probe_every is for pretraining: here validation cells have targets")
+
+
+def complete(
+    tasks: Mapping[str, Task],
+    columns: Mapping[str, Sequence[str]],
+    values: Mapping[str, Sequence[str]],
+    frequency: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, Task]:
+    """Tasks with what the data say of them: sizes, ranks of ordered categories, and class frequencies where
+    ``logit_adjustment`` wants them.
+
+    Args:
+      tasks: by name.
+      columns: label -> names of its codes.
+      values: value -> names of its columns.
+      frequency: label -> how often each code is drawn.
+
+    Raises:
+      ConfigError: a task whose label, value or category does not exist; names those there are.
+    """
+    out = {}
+    for name, task in tasks.items():
+        where, source = f"model.tasks.{name}", task.source or name
+        changes: dict[str, Any] = {}
+        there, kind = (columns, "label") if task.categorical else (values, "value")
+        if task.level == "cell":
+            if source not in there:
+                raise ConfigError(
+                    f"{where} reads the {kind} {source!r}, which the data have not;{nearest(source, there)} "
+                    f"there are {sorted(there)}"
+                )
+            size = len(there[source])
+            if task.order:
+                unknown = [category for category in task.order if category not in there[source]]
+                if unknown:
+                    raise ConfigError(
+                        f"{where}.order has {unknown[0]!r}; {source!r} has {list(there[source])}"
+                    )
+                place_of = {category: i for i, category in enumerate(task.order)}
+                changes["rank"] = tuple(place_of.get(category, -1) for category in there[source])
+                size = len(task.order)
+            if task.size and task.size != size:
+                raise ConfigError(f"{where}.size is {task.size}, and {source!r} of the data has {size}")
+            changes["size"] = size
+            if task.logit_adjustment and not task.prior:
+                drawn = np.asarray((frequency or {}).get(source, ()), float)
+                if len(drawn) != size or not drawn.sum():
+                    raise ConfigError(
+                        f"{where}.logit_adjustment needs prior: {source!r} has not been counted"
+                    )
+                changes["prior"] = tuple((drawn / drawn.sum()).tolist())
+        out[name] = dataclasses.replace(task, **changes)
+        out[name].check(name)
+    return out
+
+
+def frequencies(corpus: Any, columns: Sequence[str], weights: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How often the categories of label columns are drawn in training: the cells of each, or what
+    ``data.weights`` makes of them where it names that column alone."""
+    out: dict[str, Any] = {}
+    for column in columns:
+        codes = np.concatenate([part.codes(column) for part in corpus.split("train")])
+        counts = np.bincount(codes[codes >= 0], minlength=len(corpus.columns[column])).astype(float)
+        if weights and set(weights) - {column}:
+            continue  # weights of another column change this one's frequencies in a way of their own
+        how = (weights or {}).get(column)
+        if isinstance(how, Mapping):
+            counts = np.array([how.get(name, 0.0) for name in corpus.columns[column]])
+        elif how is not None:
+            counts = np.where(counts > 0, counts ** float(how), 0.0)
+        out[column] = counts.tolist()
+    return out
+
+
+def validation_error(means: Mapping[str, float], tasks: Mapping[str, Task]) -> float:
+    """What early stopping goes by: the mean error of each task that is to be learned times its weight."""
+    of = {"regression": "mse", "multilabel": "bce"}
+    errors = [
+        task.weight * means.get(f"validation/{name}_{of.get(task.kind, 'ce')}", math.nan)
+        for name, task in tasks.items()
+        if not task.reverse
+    ]
+    if not errors or not math.isfinite(sum(errors)):
+        missing = "no task is to be learned" if not errors else "no validation cell has a target of some task"
+        raise ConfigError(f"nothing to judge the run by: {missing}")
+    return sum(errors)
+
+
+class Stopping:
+    """The best validation error so far, and whether there has been no better one for too long.
+
+    Args:
+      patience: evaluations without a better one; None for any number.
+      errors: (step, error) of the evaluations so far, so that a run that resumes knows what it knew.
+    """
+
+    def __init__(self, patience: int | None, errors: Sequence[tuple[int, float]] = ()):
+        self.patience, self.best, self.step, self.waited = patience, math.inf, 0, 0
+        for step, error in errors:
+            self(step, error)
+
+    def __call__(self, step: int, error: float) -> bool:
+        """Takes an evaluation; whether it is the best so far."""
+        better = error < self.best
+        self.best, self.step, self.waited = (
+            (error, step, 0) if better else (self.best, self.step, self.waited + 1)
+        )
+        return better
+
+    @property
+    def ended(self) -> bool:
+        return self.patience is not None and self.waited >= self.patience
+
+
+class Reader:
+    """What a model says of cells, on all devices: its features, outputs and targets as numpy arrays.
+
+    Args:
+      model, abstract, layout: as for :func:`scjax.train.make_eval_step`.
+    """
+
+    def __init__(self, model: Abstract, abstract: State, layout: Layout | None = None):
+        self._mesh = abstract["step"].sharding.mesh
+        layout = layout or Layout(self._mesh)
+
+        def module(state: State) -> Any:
+            return bind(model, judged_params(state), state["buffers"])
+
+        def features(state: State, batch: CellBatch) -> dict[str, Any]:
+            """Of each task the sums that give mean and spread of its vectors and of its targets."""
+            with layout.active():
+                network, out = module(state), {}
+                levels = {task.level for task in network.config.tasks.values()}
+                x_of: dict[str, Any] = {"cell": network.features(batch)} if "cell" in levels else {}
+                gene_id, x_of["gene"] = network.states(batch) if "gene" in levels else (None, None)
+                for name, head in network.heads.items():
+                    target, weight = network.target(name, batch, gene_id)
+                    x = x_of[head.task.level]
+                    out[name] = {"x": _moments(x, weight)}
+                    if head.task.kind == "regression":
+                        out[name]["y"] = _moments(target.reshape(*x.shape[:-1], -1), weight)
+                return out
+
+        def outputs(state: State, batch: CellBatch) -> dict[str, Any]:
+            with layout.active():
+                network = module(state)
+                network.eval()
+                found, gene_id = network.outputs(batch)
+                out = {}
+                for name, head in network.heads.items():
+                    target, weight = network.target(name, batch, gene_id)
+                    y = head.predict(found[name]) if head.task.kind == "regression" else found[name]
+                    out[name] = {"row": batch.row, "output": y, "target": target, "weight": weight}
+                return out
+
+        given, told = (shardings_of(abstract), batch_sharding(self._mesh)), replicated(self._mesh)
+        self._features = jax.jit(features, in_shardings=given, out_shardings=told)
+        self._outputs = jax.jit(outputs, in_shardings=given, out_shardings=told)
+
+    def scales(self, state: State, loader: Any) -> dict[str, Any]:
+        """Path of a buffer of the heads -> its value: mean and spread of the features of the first training
+        cells, so that every feature weighs the same, and of the targets of a regression."""
+        sums: Any = None
+        with closing(iter(loader)) as batches:
+            for batch in itertools.islice(batches, max(N_CELLS // loader.batch_size, 1)):
+                found = jax.tree.map(np.asarray, self._features(state, place(batch, self._mesh)))
+                sums = found if sums is None else jax.tree.map(np.add, sums, found)
+        values = {}
+        for name, of in sums.items():
+            for what, (mean, spread) in {"x": ("centre", "spread"), "y": ("mean", "scale")}.items():
+                if what in of:
+                    n, total, squares = of[what]
+                    if not n.all():
+                        raise ConfigError(
+                            f"model.tasks.{name}: none of the first {N_CELLS:,} training cells has a target"
+                        )
+                    centre = total / n
+                    deviation = np.sqrt(np.maximum(squares / n - centre**2, 0))
+                    values[f"heads/{name}/{mean}"] = centre
+                    # a feature that does not vary says nothing, whatever it is divided by
+                    values[f"heads/{name}/{spread}"] = np.where(deviation > 1e-6, deviation, 1.0)
+        return values
+
+    def outputs(self, state: State, loader: Any, max_batches: int | None = None) -> dict[str, dict[str, Any]]:
+        """Of each task ``{"row", "output", "target"}`` of the cells (of genes: one a gene and cell) of a
+        loader that ends: outputs before calibration, those of a regression in the units of the target."""
+        pieces: dict[str, list[dict[str, Any]]] = {}
+        with closing(iter(loader)) as batches:
+            for batch in itertools.islice(batches, max_batches):
+                found = jax.tree.map(np.asarray, self._outputs(state, place(batch, self._mesh)))
+                for name, of in found.items():
+                    keep = of.pop("weight") > 0
+                    of["row"] = np.broadcast_to(of["row"].reshape(-1, *(1,) * (keep.ndim - 1)), keep.shape)
+                    pieces.setdefault(name, []).append({field: x[keep] for field, x in of.items()})
+        return {
+            name: {field: np.concatenate([piece[field] for piece in found]) for field in found[0]}
+            for name, found in pieces.items()
+        }
+
+
+def _moments(x: Any, weight: Any) -> tuple[Any, Any, Any]:
+    """(number, sum, sum of squares) [D] of vectors [..., D] of weight above 0; NaN does not count."""
+    x = x.astype(jnp.float32)
+    known = (weight > 0)[..., None] & jnp.isfinite(x)
+    x = jnp.where(known, x, 0.0)
+    over = tuple(range(x.ndim - 1))
+    return known.sum(over).astype(jnp.float32), x.sum(over), (x * x).sum(over)
+
+
+def put(state: State, values: Mapping[str, Any]) -> State:
+    """The state with other values of some buffers, by path."""
+    flat = flatten(state["buffers"])
+    for path, value in values.items():
+        like = flat[path]
+        own = np.asarray(value, like.dtype).reshape(like.shape)
+        flat[path] = jax.make_array_from_callback(own.shape, like.sharding, own.__getitem__)
+    return state | {"buffers": nest(flat)}
+
+
+def calibrate(
+    tasks: Mapping[str, Task], found: Mapping[str, Mapping[str, Any]], max_error: float | None
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """``(temperatures by path, report by task)`` of :meth:`Reader.outputs` of held-out cells."""
+    temperatures, report = {}, {}
+    for name, task in tasks.items():
+        rule = max_error if task.level == "cell" else None
+        temperature, report[name] = judge(task.kind, found[name]["output"], found[name]["target"], rule)
+        if task.kind != "regression":
+            temperatures[f"heads/{name}/temperature"] = temperature
+    return temperatures, report
