@@ -97,7 +97,7 @@ def test_rates_of_error_are_what_was_asked_for():
         assert -0.03 < covered(obs) - (1 - error) < tolerance
         obs["right"] = obs["scjax_cell_type_best"].astype(str) == obs["cell_type"].astype(str)
         given = obs["scjax_cell_type"] != "unassigned"
-        assert (given & ~obs["right"]).mean() < error + 0.02 and given.mean() > 0.4
+        assert (~obs["right"])[given].mean() < error + 0.02 and given.mean() > 0.3
     assert 0.6 < obs["right"].mean() < 0.95  # kinds overlap: a rule that gave all a label would err
     confidence, right = obs["scjax_cell_type_confidence"].to_numpy(float), obs["right"].to_numpy()
     assert calibration_error(confidence, right) < 0.05

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from scjax.api import Model
+from scjax.finetune.calibration import unassigned_rule
 from scjax.reference.index import Reference
 from scjax.reference.vectors import gene_overlap
 
@@ -34,15 +35,16 @@ def map_cells(
     """Labels the cells of ``adata`` by the nearest cells of a reference, and says where that means little.
 
     In ``adata.obs``, for each label column of the reference ("cell_type", say):
-      ``scjax_cell_type``: the label, or "unassigned" where the set below has several labels or the cell lies
-        outside the reference;
+      ``scjax_cell_type``: the label, or "unassigned" where the cell lies outside the reference or the label's
+        share of the votes is below the threshold that keeps errors among labelled cells of the reference
+        below ``error`` (:func:`scjax.finetune.calibration.unassigned_rule`, with a certainty of 90 %);
       ``scjax_cell_type_best``: the most voted label in any case;
       ``scjax_cell_type_confidence``: how often the reference's own cells with such a share of the votes had
         been given the right label (isotonic regression of correct on share);
       ``scjax_cell_type_entropy``: of the votes, 0 (one label) to 1 (all alike);
       ``scjax_cell_type_set``: the labels that cannot be ruled out, joined by " | ": for at most ``error`` of
         cells like those of the reference the right one is not among them (split conformal sets; Vovk et al.
-        2005, with leave-one-out scores), so that at most so many are given a wrong label.
+        2005, with leave-one-out scores).
     And of the cell as a whole: ``scjax_distance``, the mean distance to its k neighbours over the median of
     that of the reference's own cells of its best label; ``scjax_typicality``, the share of those whose
     distance is as large (a p-value; of all own cells where the label has fewer than 100); ``scjax_outside``,
@@ -117,13 +119,15 @@ def _transfer(
     names = reference.obs[label].cat.categories.to_numpy(object)
     best, top = share.argmax(1), share.max(1)
     members = _sets(reference.own[f"{label} true"], share, error)
-    known = (members.sum(1) == 1) & ~outside & (top > 0)
+    judged = reference.own[[f"{label} share", f"{label} correct"]].dropna().to_numpy(np.float64)
+    rule = unassigned_rule(judged[:, 0], judged[:, 1] > 0, error)
+    known = (top >= rule.threshold - 1e-6) & ~outside & (top > 0)
     plogp = share * np.log(np.where(share > 0, share, 1))
     given = np.where(known, names[best], UNASSIGNED)
     return {
         "": pd.Categorical(given, categories=[*names[names != UNASSIGNED], UNASSIGNED]),
         "_best": pd.Categorical(names[best], categories=names),
-        "_confidence": _confidence(reference.own, label, top),
+        "_confidence": _confidence(judged, top),
         "_entropy": np.abs(plogp.sum(1)) / np.log(len(names)),
         "_set": [" | ".join(names[row]) for row in members],
     }
@@ -159,11 +163,11 @@ def _sets(true_share: pd.Series, share: np.ndarray, error: float) -> np.ndarray:
     return members
 
 
-def _confidence(own: pd.DataFrame, label: str, top: np.ndarray) -> np.ndarray:
+def _confidence(judged: np.ndarray, top: np.ndarray) -> np.ndarray:
+    """How often a label with such a share of votes was right; ``judged`` [n, 2]: shares, and 1 for right."""
     from sklearn.isotonic import IsotonicRegression
 
-    known = own[[f"{label} share", f"{label} correct"]].dropna().to_numpy(np.float64)
-    fitted = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(known[:, 0], known[:, 1])
+    fitted = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(judged[:, 0], judged[:, 1])
     return np.where(top > 0, fitted.predict(top), 0.0).astype(np.float32)
 
 
