@@ -63,7 +63,7 @@ def test_every_source_gives_the_same_numbers(source):
         np.testing.assert_array_equal(found, table.astype(np.float32))
         assert found.dtype == np.float32
     assert find_value(source, "protein").features == ("CD3", "CD4", "CD8")
-    assert find_value(source, "spatial").unnamed and not find_value(source, "protein").unnamed
+    assert find_value(source, "protein").named and not find_value(source, "spatial").named
 
 
 def test_cells_carry_values_and_codes_of_known_categories():

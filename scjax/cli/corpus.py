@@ -28,6 +28,7 @@ def build(args: argparse.Namespace) -> int:
         vocabulary=None if args.vocabulary is None else Vocabulary.from_tsv(args.vocabulary),
         split_by=args.split_by,
         codec=args.codec,
+        values=[name.strip() for given in args.values for name in given.split(",") if name.strip()],
         **_options(args),
     )
     return _finish(corpus, args.out)
@@ -245,6 +246,13 @@ def add_commands(commands: Any) -> None:
     command.add_argument(
         "--split-by", metavar="COLUMN", help="hold out whole groups of this column (donor, ...)"
     )
+    command.add_argument(
+        "--values",
+        nargs="+",
+        default=[],
+        metavar="NAME,...",
+        help="numbers to keep of each cell: obs columns and obsm matrices (spatial, protein, dose)",
+    )
     command.add_argument("--codec", default="fast", choices=("fast", "balanced", "small", "local"))
     _add_building(command)
 
@@ -323,7 +331,7 @@ def _add_building(command: argparse.ArgumentParser) -> None:
         "--column",
         action="append",
         metavar="NAME=OTHER,...",
-        help="obs columns that are NAME in the corpus; CellType is cell_type anyway. May be repeated",
+        help="obs columns (and obsm, of --values) that are NAME in the corpus; CellType is cell_type anyway",
     )
     command.add_argument(
         "--orthologs",

@@ -44,7 +44,9 @@ def append_corpus(
 
     Vocabulary, codec and sizes of the corpus stay; counts of other genes are left out. Old cells keep their
     row numbers, old labels their codes: new categories come after the old ones, and labels that are new to
-    the corpus are -1 in its old cells. With ``split_by``, groups that the corpus knows stay in their split.
+    the corpus are -1 in its old cells. Values and their features stay those that the corpus was built with:
+    other features are left out and counted, and what a study lacks is NaN. With ``split_by``, groups that the
+    corpus knows stay in their split.
     Until the very end readers see the old state; a killed append is invisible, and the same call goes on
     where it was stopped.
 
@@ -117,11 +119,11 @@ def append_corpus(
 def _options(base: Mapping[str, Any], given: Mapping[str, Any]) -> Options:
     """The options of this append: what was given, else what the corpus was built with."""
     # "shuffled" is of all cells, and false after one append without; that is not how the corpus was built
-    held = {"shuffle": base["shuffled"], **base["options"], "seed": base["seed"]}
+    held = {"values": (), "shuffle": base["shuffled"], **base["options"], "seed": base["seed"]}
     held |= {name: given[name] for name in held if name in given}
     held["columns"] = pairs(held["columns"])
     held["orthologs"] = named_tables(given.get("orthologs"))
-    for name in ("labels", "unknown"):
+    for name in ("labels", "unknown", "values"):
         values = held[name]
         held[name] = values if values is None else (values,) if isinstance(values, str) else tuple(values)
     if not held["validation"]:
@@ -138,6 +140,7 @@ def _base(manifest_id: str, manifest: Mapping[str, Any]) -> Base:
         columns,
         manifest.get("split_groups", {"train": [], "validation": []}),
         (totals["train"], totals["validation"]),
+        manifest.get("values", {}),
     )
 
 

@@ -33,6 +33,7 @@ def build_corpus(
     layer: str | Mapping[str, str] | None = None,
     labels: Sequence[str] | None = None,
     columns: Mapping[str, Sequence[str]] | None = None,
+    values: Sequence[str] = (),
     orthologs: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
     names: Sequence[str] | None = None,
     validation: float = 0.0,
@@ -70,7 +71,10 @@ def build_corpus(
       labels: obs columns to keep as label columns; default: all categorical and text columns with at most
         4,096 values. Data sets that lack one have the code -1 there.
       columns: name of an obs column -> other names that studies have for it. Names that differ only in case,
-        "_", "-", "." and spaces are one column in any case.
+        "_", "-", "." and spaces are one column in any case. Matrices of obsm that are values, too.
+      values: obs columns of numbers (dose, age) and matrices of obsm (coordinates, protein counts) to keep
+        for each cell, as float32; NaN where a study has none. Features of matrices are united by name, where
+        obsm has a table (DataFrame); arrays must have as many everywhere.
       orthologs: table of source and target genes for the studies of another species (those of which it has
         more genes as source than as target), or data set name -> table; see ``Orthologs`` and
         ``match_with_orthologs``. One-to-many pairs are left out and counted, many-to-one, too, or summed
@@ -107,7 +111,8 @@ def build_corpus(
       FileExistsError: ``out`` holds something already, or somebody is writing there.
       ImportError: ``dask`` without Dask.
       CountsError (a ValueError): a source does not hold raw counts; names file, cell, gene and value.
-      ValueError, KeyError, FileNotFoundError, OSError: bad source, label or option; the message says which.
+      ValueError, KeyError, FileNotFoundError, OSError: bad source, label, value or option; the message says
+        which.
     """
     arguments = {
         name: value
@@ -119,6 +124,7 @@ def build_corpus(
     options = Options(
         labels=None if labels is None else tuple(labels),
         columns=pairs(columns),
+        values=(values,) if isinstance(values, str) else tuple(values),
         orthologs=named_tables(orthologs),
         unknown=tuple(unknown),
         min_match=min_match,

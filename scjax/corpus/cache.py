@@ -401,7 +401,7 @@ def _partial(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _is_shard(name: str) -> bool:
-    return "/X/" in name and "/c/" in name
+    return ("/X/" in name or "/obsm/" in name) and "/c/" in name
 
 
 def _is_manifest(name: str) -> bool:

@@ -222,6 +222,7 @@ def _manifest(
             "validation": options.validation,
             "split_by": options.split_by,
             "shuffle": options.shuffle,
+            **({"values": list(options.values)} if options.values else {}),
         },
         "vocabulary": {
             "hash": plan.vocabulary.hash,
@@ -235,6 +236,8 @@ def _manifest(
     }
     if parent is not None:
         head["vocabulary"] = old["vocabulary"]
+    if plan.values:
+        head["values"] = {name: panel.entry() for name, panel in plan.values.items()}
     if plan.groups:
         head["split_groups"] = plan.groups
     datasets, parts = [*old.get("datasets", ()), *entries], [*old.get("parts", ()), *parts]

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import pathlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import anndata as ad
@@ -15,9 +16,11 @@ import rich.console
 import zarr
 from scipy import sparse
 
+from scjax.corpus.format import BLOCK
 from scjax.corpus.index import PartIndex
 from scjax.corpus.locks import hold_manifest
 from scjax.corpus.manifest import read_manifest
+from scjax.corpus.panels import Panel, read_entries
 from scjax.corpus.progress import counted
 from scjax.corpus.reader import PartReader
 from scjax.corpus.remote import Patience
@@ -48,6 +51,8 @@ class Part:
       store: where its objects are.
       objects: the manifest's entries on its objects: name -> {"bytes", "crc32c", "sha256"}.
       labels: names of the corpus's label columns.
+      panels: the values that are asked for, name -> features.
+      stored: those that it holds. In a mixture they may be fewer, or have other features.
     """
 
     id: str
@@ -64,6 +69,8 @@ class Part:
     store: Store = dataclasses.field(repr=False, compare=False)
     objects: dict[str, dict[str, Any]] = dataclasses.field(repr=False, compare=False)
     labels: tuple[str, ...]
+    panels: Mapping[str, Panel] = dataclasses.field(repr=False, compare=False)
+    stored: Mapping[str, Panel] = dataclasses.field(repr=False, compare=False)
 
     def group(self, *names: str) -> Any:
         """Some of the part's AnnData group ("obs", "X/indptr", ...), each object checked, to read from.
@@ -105,8 +112,9 @@ class Part:
         """Values of rows [first, last) of a column of the index, checked.
 
         Args:
-          name: "nnz" (uint32), "total" (float64), "codes/<label>" (int32, -1 where unknown) or "content"
-            (uint64 [n, 2], hash of the cell, where the build dropped duplicates).
+          name: "nnz" (uint32), "total" (float64), "codes/<label>" (int32, -1 where unknown), "values/<name>"
+            (float32, of a value that is a column; ``PartReader.value`` reads all) or "content" (uint64
+            [n, 2], hash of the cell, where the build dropped duplicates).
           first, last: rows of the part; by default all.
 
         Returns:
@@ -151,11 +159,13 @@ class Corpus:
       manifest_id, manifest: the state that was opened, and what it says.
       parts: the parts, in order.
       store: where the objects are.
+      panels: the values of its cells, name -> ``Panel``.
     """
 
     def __init__(self, path: Any, manifest_id: str, manifest: dict[str, Any], store: Store) -> None:
         self.path, self.manifest_id, self.manifest = path, manifest_id, manifest
         self.store = store
+        self.panels = read_entries(manifest.get("values", {}))
         parts = []
         first = 0
         for entry in manifest["parts"]:
@@ -175,6 +185,8 @@ class Corpus:
                     store=self.store,
                     objects=entry["objects"],
                     labels=tuple(manifest["columns"]),
+                    panels=self.panels,
+                    stored=self.panels,
                 )
             )
             first += entry["n_cells"]
@@ -243,6 +255,12 @@ class Corpus:
         return self.manifest["columns"]
 
     @property
+    def values(self) -> dict[str, list[str]]:
+        """The numbers that it holds of each cell beside counts and labels: name -> names of the features; of
+        a column of obs, its own name."""
+        return {name: list(panel.features) for name, panel in self.panels.items()}
+
+    @property
     def datasets(self) -> list[str]:
         """Names of the data sets, in the order of their codes."""
         return [entry["name"] for entry in self.manifest["datasets"]]
@@ -286,7 +304,8 @@ class Corpus:
           rows: int [n], or a slice, or a boolean mask over all cells.
 
         Returns:
-          AnnData with raw counts in X (CSR), the sources' obs columns and the vocabulary as var.
+          AnnData with raw counts in X (CSR), the sources' obs columns, the vocabulary as var, and in obsm the
+          matrices among the values: as a table where their features have names.
 
         Raises:
           IndexError: a row outside 0 .. len - 1.
@@ -305,11 +324,13 @@ class Corpus:
             pieces = [_read_part(self.parts[0], wanted, n_genes)]
         x = sparse.vstack([piece[0] for piece in pieces], format="csr")
         obs = pd.concat([piece[1] for piece in pieces])
+        obsm = {name: np.concatenate([piece[2][name] for piece in pieces]) for name in pieces[0][2]}
         if len(order) != len(wanted) or (order[1:] < order[:-1]).any():
             x, obs = x[order], obs.iloc[order]
+            obsm = {name: table[order] for name, table in obsm.items()}
         if len(wanted) != len(rows):
             obs.index = pd.Index([f"{name}#{i}" for i, name in enumerate(obs.index)])
-        return ad.AnnData(x, obs=obs, var=self._var)
+        return ad.AnnData(x, obs=obs, var=self._var, obsm=as_obsm(obsm, self.panels, obs.index))
 
     def info(self) -> rich.console.Group:
         """Data sets, cells, genes, labels and bytes as tables to print with rich."""
@@ -371,8 +392,22 @@ def row_numbers(rows: Any, n: int, what: str) -> np.ndarray:
     return rows
 
 
-def _read_part(part: Part, rows: np.ndarray, n_genes: int) -> tuple[sparse.csr_matrix, pd.DataFrame]:
-    """Counts and obs of sorted, distinct rows of one part."""
+def as_obsm(
+    tables: Mapping[str, np.ndarray], panels: Mapping[str, Panel], cells: pd.Index
+) -> dict[str, np.ndarray | pd.DataFrame]:
+    """Matrices as they stand in obsm: tables where their features have names."""
+    return {
+        name: pd.DataFrame(values, index=cells, columns=list(panels[name].features))
+        if panels[name].named
+        else values
+        for name, values in tables.items()
+    }
+
+
+def _read_part(
+    part: Part, rows: np.ndarray, n_genes: int
+) -> tuple[sparse.csr_matrix, pd.DataFrame, dict[str, np.ndarray]]:
+    """Counts, obs and matrices of values of sorted, distinct rows of one part."""
     indptr = np.zeros(part.n_cells + 1, np.int64)
     np.cumsum(part.nnz_per_cell, out=indptr[1:])
     reader = PartReader(part)
@@ -390,4 +425,13 @@ def _read_part(part: Part, rows: np.ndarray, n_genes: int) -> tuple[sparse.csr_m
             matrix = sparse.csr_matrix(span, shape=(run[-1] + 1 - run[0], n_genes))
             matrices.append(matrix[run - run[0]])
     obs = ad.io.read_elem(part.group("obs")["obs"])
-    return sparse.vstack(matrices, format="csr"), obs.iloc[rows]
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) > BLOCK) + 1)  # of rows that one read brings
+    obsm = {
+        name: np.concatenate(
+            [reader.value(name, run[0], run[-1] + 1)[run - run[0]] for run in runs if len(run)]
+            or [np.empty((0, *panel.shape), np.float32)]
+        )
+        for name, panel in part.stored.items()
+        if not panel.column
+    }
+    return sparse.vstack(matrices, format="csr"), obs.iloc[rows], obsm

@@ -1,8 +1,8 @@
 """Fragments: what a map task makes of a run of rows, sorted so that every part has its cells in one stretch.
 
 A fragment is a folder: ``genes`` and ``counts`` hold the cells one after the other, sorted by (part, key,
-row); ``cells`` the columns of its cells, pickled part by part; ``head.pkl`` says where each part's
-stretch begins. It gets its name when it is whole.
+row), ``values-<n>`` their rows of the n-th value; ``cells`` the columns of its cells, pickled part by part;
+``head.pkl`` says where each part's stretch begins. It gets its name when it is whole.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from scjax.corpus.counts import MAX_COUNT, CountsError
 from scjax.corpus.format import index_dtype
 from scjax.corpus.plan import Facts, Plan
 from scjax.corpus.sources import Source
+from scjax.corpus.values import BITS, read_panel
 
 Cells = dict[str, np.ndarray]  # per-cell columns
 _COPY = 2**20  # elements put in order at a time
@@ -106,6 +107,16 @@ def write_fragment(
     cells["name"] = obs.index.astype(str).to_numpy(object)[order]
     for name, values in plan.schema.encode(obs).items():
         cells[f"obs:{name}"] = values[order]
+
+    for turn, (name, panel) in enumerate(plan.values.items()):
+        table = read_panel(source, facts.values.get(name), panel, first, last)
+        if panel.column:
+            cells[f"value:{name}"] = table[order]
+        else:
+            address = (table.ctypes.data + order * (table.itemsize * table.shape[1])).astype(np.uint64)
+            width = np.full(len(order), table.shape[1], np.int64)
+            check = _write(folder / f"values-{turn}", address, width, table.view(BITS), BITS)
+            cells[f"check:values-{turn}"] = check
 
     n_parts = len(plan.places.splits)
     rows = np.searchsorted(part[order], np.arange(n_parts + 1))
@@ -228,7 +239,7 @@ class Fragment:
             return pickle.loads(file.read(high - low))
 
     def read(self, name: str, low: int, out: np.ndarray) -> None:
-        """Fills ``out`` with stored values of "genes" or "counts" from element ``low`` on."""
+        """Fills ``out`` with stored values of "genes", "counts" or "values-<n>" from element ``low`` on."""
         raw = out.view(np.uint8)
         done = 0
         file = os.open(self.folder / name, os.O_RDONLY)

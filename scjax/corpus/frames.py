@@ -10,7 +10,7 @@ import contextlib
 import pathlib
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numcodecs.blosc
@@ -36,23 +36,29 @@ def write_frames(
     obs_index: np.ndarray,
     obs: Mapping[str, Any],
     uns: Mapping[str, str],
+    features: Mapping[str, Sequence[str]],
 ) -> None:
-    """Writes everything beside X, which must be there already, and finishes the group.
+    """Writes everything beside X and obsm, which must be there already, and finishes the group.
 
     Args:
       group, path: the group and its folder.
       obs_index: names of the cells, unique.
       obs: column -> array (numbers, booleans, object array of str) or (codes, categories).
       uns: written as ``uns["scjax"]``.
+      features: key of obsm -> names of its columns, written as ``uns["scjax"]["features"]``.
     """
     _write_frame(group, "obs", obs_index, obs)
     var = {field: np.array(getattr(vocabulary, field), object) for field in ("symbol", "species", "biotype")}
     _write_frame(group, "var", np.array(vocabulary.gene_id, object), var)
-    for name in ("layers", "obsm", "varm", "obsp", "varp"):
+    for name in ("layers", "varm", "obsp", "varp"):
         add_group(group, name, "dict")
     notes = add_group(add_group(group, "uns", "dict"), "scjax", "dict")
     for name, value in uns.items():
         _write_array(notes, name, np.array(value, object), "string")
+    if features:
+        tables = add_group(notes, "features", "dict")
+        for name, names in features.items():
+            _write_array(tables, name, np.array(names, object))
     # zarr warns that consolidated metadata are not in the v3 specification yet; the filter is the process's
     with _warnings_lock, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata")

@@ -25,14 +25,14 @@ _LAYOUT: dict[str, tuple[np.dtype, int]] = {
     "total": (np.dtype("<f8"), 1),
     "content": (np.dtype("<u8"), 2),
 }
-_CODES = np.dtype("<i4"), 1
+_CODES, _VALUES = (np.dtype("<i4"), 1), (np.dtype("<f4"), 1)
 
 
 def column_layout(name: str) -> tuple[np.dtype, int]:
-    """(type, values per cell) of a column: "nnz", "total", "content" or "codes/<label>"."""
-    if name not in _LAYOUT and not name.startswith("codes/"):
-        raise KeyError(f"no column {name!r}; there are nnz, total, content and codes/<label>")
-    return _LAYOUT.get(name, _CODES)
+    """(type, values per cell) of a column: "nnz", "total", "content", "codes/<label>" or "values/<name>"."""
+    if name not in _LAYOUT and not name.startswith(("codes/", "values/")):
+        raise KeyError(f"no column {name!r}; there are nnz, total, content, codes/<label> and values/<name>")
+    return _LAYOUT.get(name, _VALUES if name.startswith("values/") else _CODES)
 
 
 def write_index(folder: pathlib.Path, columns: Mapping[str, np.ndarray], nnz: np.ndarray) -> None:

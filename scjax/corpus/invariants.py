@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 
 from scjax.corpus.compiled import compiled
 from scjax.corpus.format import BLOCK
 from scjax.corpus.index import column_layout
 from scjax.corpus.kernels import content_hash
+from scjax.corpus.panels import Panel
 from scjax.corpus.reader import PartReader
 
 if TYPE_CHECKING:
@@ -38,16 +41,18 @@ class Promises:
       gene_ids: of the vocabulary.
       measured: uint8 [n_datasets, n_genes / 8], a bit per gene, lowest first.
       columns: label column -> its categories.
+      values: what it holds of each cell besides.
     """
 
     gene_ids: list[str]
     measured: np.ndarray
     columns: dict[str, list[str]]
+    values: dict[str, Panel]
 
     @classmethod
     def of(cls, corpus: Corpus) -> Promises:
         measured = [np.packbits(corpus.measured(i), bitorder="little") for i in range(len(corpus.datasets))]
-        return cls(list(corpus.vocabulary.ids), np.stack(measured), dict(corpus.columns))
+        return cls(list(corpus.vocabulary.ids), np.stack(measured), dict(corpus.columns), corpus.panels)
 
 
 def check_part(part: Part, promises: Promises, advance: Callable[[int], None]) -> Iterator[str]:
@@ -77,8 +82,32 @@ def check_part(part: Part, promises: Promises, advance: Callable[[int], None]) -
             yield f"index/codes/{column}.npy has codes outside its {len(categories)} categories"
             if column == "dataset":
                 return
+    yield from _values(part, promises)
     yield from _frames(part, promises, indptr)
     yield from _counts(part, promises, indptr, advance)
+
+
+def _values(part: Part, promises: Promises) -> Iterator[str]:
+    reader, obs = PartReader(part), None
+    for name, panel in promises.values.items():
+        if panel.column:
+            obs = ad.io.read_elem(part.group("obs")["obs"]) if obs is None else obs
+            values = part.column(f"values/{name}")
+            if pd.api.types.is_numeric_dtype(obs.get(name)) and not np.array_equal(
+                obs[name].to_numpy(np.float32), values, equal_nan=True
+            ):
+                yield f"index/values/{name}.npy does not agree with obs[{name!r}]"
+            wrong = np.isinf(values).any()
+        else:
+            array, shape = reader.matrix(name), (part.n_cells, len(panel.features))
+            if array.n != math.prod(shape) or array.dtype != np.float32:
+                yield f"obsm[{name!r}] holds {array.n} {array.dtype}, not float32 {list(shape)}"
+                continue
+            step = max(1, RUN_ELEMENTS // shape[1])
+            tables = (reader.value(name, i, min(i + step, shape[0])) for i in range(0, shape[0], step))
+            wrong = any(np.isinf(table).any() for table in tables)
+        if wrong:
+            yield f"value {name} has numbers that are not finite"
 
 
 def _frames(part: Part, promises: Promises, indptr: np.ndarray) -> Iterator[str]:

@@ -18,8 +18,9 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from scjax.corpus.corpus import Corpus, Part, row_numbers
+from scjax.corpus.corpus import Corpus, Part, as_obsm, row_numbers
 from scjax.corpus.manifest import digest
+from scjax.corpus.panels import Panel, unite
 from scjax.genes import Vocabulary
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class Mixture:
       parts: of all members, rows numbered one corpus after the other.
       columns: label columns and their categories, over all members; "corpus" is among them.
       datasets: names of the data sets of all members; where two are called alike, with their corpus's name.
+      panels: their values, united by the names of their features; NaN where a member has none.
+      apart: values that do not unite, name -> why.
     """
 
     def __init__(
@@ -114,6 +117,15 @@ class Mixture:
                     seen = set(known)
                     known += [category for category in categories if category not in seen]
 
+        self.panels: dict[str, Panel] = {}
+        self.apart: dict[str, str] = {}
+        for value in dict.fromkeys(value for corpus in self.members.values() for value in corpus.panels):
+            having = [(c.path, c.panels[value]) for c in self.members.values() if value in c.panels]
+            try:
+                self.panels[value] = unite(value, having)
+            except ValueError as error:
+                self.apart[value] = str(error)
+
         self.parts: tuple[MemberPart, ...] = ()
         self._starts: dict[str, int] = {}
         first = 0
@@ -122,7 +134,7 @@ class Mixture:
             maps = self._code_maps(name, corpus)
             for part in corpus.parts:
                 fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(Part)}
-                fields["first_row"] = first + part.first_row
+                fields["first_row"], fields["panels"] = first + part.first_row, self.panels
                 self.parts += (
                     MemberPart(
                         **fields, code_maps=maps, vocabulary=corpus.vocabulary, origin=str(corpus.path)
@@ -147,6 +159,11 @@ class Mixture:
                 for entry, dataset in zip(corpus.manifest["datasets"], self._dataset_names[name], strict=True)
             ],
         }
+
+    @property
+    def values(self) -> dict[str, list[str]]:
+        """As ``Corpus.values``, of all members."""
+        return {name: list(panel.features) for name, panel in self.panels.items()}
 
     def _code_maps(self, name: str, corpus: Corpus) -> dict[str, np.ndarray]:
         maps = {}
@@ -223,7 +240,7 @@ class Mixture:
           IndexError: a row outside 0 .. len - 1.
         """
         rows = row_numbers(rows, len(self), "mixture")
-        pieces: list[tuple[sparse.csr_matrix, pd.DataFrame]] = []
+        pieces: list[tuple[sparse.csr_matrix, ad.AnnData]] = []
         at: list[np.ndarray] = []
         for name, corpus in self.members.items():
             start = self._starts[name]
@@ -238,14 +255,20 @@ class Mixture:
             )
             piece.obs[COLUMN] = name
             piece.obs.index = pd.Index([f"{name}/{cell}" for cell in piece.obs_names])
-            pieces.append((sparse.csr_matrix(piece.X) @ place, piece.obs))
+            pieces.append((sparse.csr_matrix(piece.X) @ place, piece))
             at.append(mine)
         order = np.argsort(np.concatenate(at), kind="stable")
         x = sparse.vstack([x for x, _ in pieces], format="csr")[order]
         x.sort_indices()
-        obs = pd.concat([obs for _, obs in pieces]).iloc[order]
+        obs = pd.concat([piece.obs for _, piece in pieces]).iloc[order]
+        obsm = {
+            name: np.concatenate([_matrix(piece, name, panel) for _, piece in pieces])[order]
+            for name, panel in self.panels.items()
+            if not panel.column
+        }
         fields = {f: list(getattr(self.vocabulary, f)) for f in ("symbol", "species", "biotype")}
-        return ad.AnnData(x, obs=obs, var=pd.DataFrame(fields, index=self.vocabulary.ids))
+        var = pd.DataFrame(fields, index=self.vocabulary.ids)
+        return ad.AnnData(x, obs=obs, var=var, obsm=as_obsm(obsm, self.panels, obs.index))
 
     def statistics(self, progress: bool = True) -> GeneStatistics:
         """Statistics of the members put together, each cell with the same weight whatever the shares.
@@ -271,6 +294,14 @@ class Mixture:
         mean = np.divide(sums, cells, out=np.full(n, np.nan), where=cells > 0)
         log = np.divide(logs, detected, out=np.full(n, np.nan), where=detected > 0)
         return GeneStatistics(cells, detected, mean, np.exp(log))
+
+
+def _matrix(piece: ad.AnnData, name: str, panel: Panel) -> np.ndarray:
+    """float32 [cells, features]: a value of the cells of one member as the mixture has it."""
+    if name not in piece.obsm:
+        return np.full((piece.n_obs, *panel.shape), np.nan, np.float32)
+    table = piece.obsm[name]
+    return table.reindex(columns=list(panel.features)).to_numpy() if panel.named else np.asarray(table)
 
 
 def open_corpus(

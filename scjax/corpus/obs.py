@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,7 @@ class ObsSchema:
       unknown: label values that mean "not known".
       columns: name -> other names for it. In each study the first of these that it has is taken, and any
         other, of the same name or listed, is left out.
+      values: names that columns of numbers are asked for by.
 
     Attributes:
       kinds, categories: after ``finish``: name -> "category", "text" or a dtype; name -> its categories.
@@ -62,6 +63,7 @@ class ObsSchema:
         labels: Sequence[str] | None,
         unknown: Sequence[str],
         columns: Mapping[str, Sequence[str]] | None = None,
+        values: Sequence[str] = (),
     ) -> None:
         self._unknown = set(unknown)
         self._columns: dict[str, _Column] = {}
@@ -85,6 +87,8 @@ class ObsSchema:
             key = self._key(name)
             self._fixed.setdefault(key, name)
             self._forced.add(key)
+        for name in values:
+            self._fixed.setdefault(self._key(name), name)
 
     def extend(self, columns: Mapping[str, Sequence[str]]) -> None:
         """Takes over the label columns of a corpus that is added to; to be called before ``add``.
@@ -174,8 +178,11 @@ class ObsSchema:
         left = [name for name in obs.columns if name not in own.values() and name not in RESERVED]
         return names | dict.fromkeys(left)
 
-    def finish(self) -> None:
+    def finish(self, matrices: Collection[str] = ()) -> None:
         """Fixes name, kind and categories of every column.
+
+        Args:
+          matrices: names that are no columns but matrices of obsm, which ``columns`` may list, too.
 
         Raises:
           KeyError: a label, or a column that others are to be renamed to, that no study has by any name.
@@ -192,7 +199,7 @@ class ObsSchema:
                 f"there are: {', '.join(there.values()) or 'none'}"
             )
         for key, others in self._listed.items():
-            if key not in there and key not in self._base:
+            if key not in there and key not in self._base and self._fixed[key] not in matrices:
                 raise KeyError(
                     f"columns: no source has an obs column {self._fixed[key]!r}, or one of {others} to "
                     f"become it; there are: {', '.join(there.values()) or 'none'}"

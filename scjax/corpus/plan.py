@@ -19,8 +19,11 @@ import scjax
 from scjax.corpus.format import Layout
 from scjax.corpus.manifest import FORMAT, VERSION
 from scjax.corpus.obs import ObsSchema, categorise
+from scjax.corpus.panels import Panel
 from scjax.corpus.places import Places, find_places
 from scjax.corpus.sources import Source, files_of, list_sources, look_at, open_source
+from scjax.corpus.sources.values import Value
+from scjax.corpus.values import find_values, hash_values, unite_values
 from scjax.genes import (
     GeneMatch,
     Orthologs,
@@ -67,8 +70,12 @@ class Options:
     seed: int
     shuffle: bool
     orthologs: tuple[tuple[str, str, str], ...] = ()  # data set ("" for all), path of the table, its sha256
+    values: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in self.values:
+            if not name or "/" in name or name.startswith((".", "_index")) or self.values.count(name) > 1:
+                raise ValueError(f"values={self.values!r}: {name!r} must be a name, once, and without '/'")
         if self.duplicates not in ("error", "sum"):
             raise ValueError(f"duplicates={self.duplicates!r}: there are error and sum")
         if not 0 <= self.validation < 1:
@@ -93,6 +100,7 @@ class Base:
       columns: its label columns and their categories, "dataset" left out.
       groups: split -> groups of ``split_by`` that are in it.
       n_cells: its cells in train and validation.
+      values: its values, as the manifest has them.
     """
 
     manifest_id: str
@@ -100,6 +108,7 @@ class Base:
     columns: Mapping[str, Sequence[str]]
     groups: Mapping[str, Sequence[str]]
     n_cells: tuple[int, int]
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +119,13 @@ class Facts:
       ids: int32, the vocabulary gene of each of its columns, -1 for none.
       held: packed bits of its cells in the validation split, None where a hash decides.
       entry: of the manifest, as far as it is known before the counts are read.
+      values: where it keeps those that it has.
     """
 
     ids: np.ndarray
     held: np.ndarray | None
     entry: dict[str, Any]
+    values: dict[str, Value]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +139,7 @@ class Plan:
       groups: split -> groups of ``split_by``, where that was asked for.
       n_stored: stored values of all sources together.
       only: the parts that are wanted, where a corpus is repaired; None means all.
+      values: name -> what the corpus holds of it.
     """
 
     studies: tuple[Study, ...]
@@ -142,6 +154,7 @@ class Plan:
     n_stored: int
     base: Base | None = None
     only: tuple[int, ...] | None = None
+    values: dict[str, Panel] = dataclasses.field(default_factory=dict)
 
     @property
     def n_cells(self) -> int:
@@ -189,7 +202,7 @@ def make_plan(
         vocabulary = union_with_orthologs({study.name: study.open().var for study in studies}, tables)
     elif vocabulary is None:
         vocabulary = Vocabulary.from_anndata(study.open().var for study in studies)
-    schema = ObsSchema(options.labels, options.unknown, dict(options.columns))
+    schema = ObsSchema(options.labels, options.unknown, dict(options.columns), options.values)
     if base is not None:
         schema.extend(base.columns)
     facts, heads, sizes, groups, runs, n_stored = [], [], [], [], [], 0
@@ -205,10 +218,12 @@ def make_plan(
             groups.append(_groups(source, schema, options.split_by))
         heads.append(source.obs.iloc[:0])
         runs += [(number, first, last) for first, last in source.runs(RUN_ELEMENTS)]
-        facts.append(Facts(match.ids, None, _entry(source, match, vocabulary, table)))
+        having = find_values(source, schema, options.values, dict(options.columns))
+        facts.append(Facts(match.ids, None, _entry(source, match, vocabulary, table), having))
         sizes.append(source.shape[0])
         n_stored += source.n_stored
-    schema.finish()
+    panels = unite_values(options.values, base.values if base else {}, studies, facts)
+    schema.finish({name for fact in facts for name, value in fact.values.items() if not value.column})
     for fact, head in zip(facts, heads, strict=True):
         if renamed := schema.renamed(head):
             fact.entry["obs_renamed"] = renamed
@@ -247,6 +262,7 @@ def make_plan(
         split_groups,
         n_stored,
         base,
+        values=panels,
     )
     for number, fact in enumerate(facts):
         write_whole(folder / f"study-{number:06d}.pkl", pickle.dumps(fact, protocol=5))
@@ -401,6 +417,8 @@ def plan_key(
     for study in studies:
         lines.append(repr((study.name, study.layer)))
         lines += [repr(look) for look in fingerprint(study)]
+        if study.in_memory and options.values:
+            lines.append(hash_values(study.open(), options.values, dict(options.columns)))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ import numpy as np
 
 from scjax.corpus import blosc
 from scjax.corpus.format import BLOCK
+from scjax.corpus.panels import place
 from scjax.corpus.store import (
     CorruptDataError,
     LocalStore,
@@ -103,7 +105,8 @@ class _Run:
 
 
 class ShardedArray:
-    """A 1-D sharded zarr v3 array, opened for reading.
+    """A sharded zarr v3 array of one dimension, opened for reading; or one of two dimensions whose chunks
+    hold whole rows, which is then read as its elements one after the other.
 
     Attributes:
       n: number of elements.
@@ -131,7 +134,7 @@ class ShardedArray:
 
         Raises:
           FileNotFoundError: there is no array.
-          ValueError: it is not a 1-D array in the layout that this module reads; says what differs.
+          ValueError: it is not an array in the layout that this module reads; says what differs.
           CorruptDataError: its description is not the one that the manifest tells of.
         """
         self._store = store or LocalStore(Path(path))
@@ -165,13 +168,16 @@ class ShardedArray:
 
         expect("zarr_format", meta["zarr_format"], 3)
         expect("node_type", meta["node_type"], "array")
-        expect("number of dimensions", len(meta["shape"]), 1)
+        expect("number of dimensions", len(meta["shape"]), 1, 2)
         expect("chunk grid", meta["chunk_grid"]["name"], "regular")
         keys = meta.get("chunk_key_encoding", {"name": "default"})
         expect("chunk key encoding", keys["name"], "default")
         expect("chunk key separator", keys.get("configuration", {}).get("separator", "/"), "/")
         expect("outer codecs", [codec["name"] for codec in meta["codecs"]], ["sharding_indexed"])
         sharding = meta["codecs"][0]["configuration"]
+        shapes = meta["shape"], meta["chunk_grid"]["configuration"]["chunk_shape"], sharding["chunk_shape"]
+        for what, shape in zip(("shards", "chunks"), shapes[1:], strict=True):
+            expect(f"shape of the {what} behind the rows", shape[1:], meta["shape"][1:])
         expect("place of the shard index", sharding.get("index_location", "end"), "end")
         index = [codec["name"] for codec in sharding["index_codecs"]]
         expect("index codecs", index, ["bytes", "crc32c"], ["bytes"])
@@ -180,10 +186,9 @@ class ShardedArray:
         endian = sharding["codecs"][0].get("configuration", {}).get("endian", "little")
         expect("byte order", endian, "little")
 
-        self.n = int(meta["shape"][0])
+        self.n, self.shard, self.chunk = (math.prod(map(int, shape)) for shape in shapes)
+        self._tail = "/0" * (len(meta["shape"]) - 1)
         self.dtype = np.dtype(meta["data_type"]).newbyteorder("<")
-        self.shard = int(meta["chunk_grid"]["configuration"]["chunk_shape"][0])
-        self.chunk = int(sharding["chunk_shape"][0])
         self.fill_value = self.dtype.type(meta["fill_value"])
         self._chunks_per_shard = self.shard // self.chunk
         self._index_checksum = "crc32c" in index
@@ -254,7 +259,7 @@ class ShardedArray:
                 target[:] = into
 
     def _open(self, number: int) -> _Shard:
-        name, path = f"{self._prefix}c/{number}", f"{self.path}/c/{number}"
+        name, path = f"{self._prefix}c/{number}{self._tail}", f"{self.path}/c/{number}{self._tail}"
         where = f"{self.name}, shard {number}"
 
         def make() -> _Shard:
@@ -285,7 +290,7 @@ class ShardedArray:
     def _decode_once(self, number: int, within: int, stored: np.ndarray, first: int, out: np.ndarray) -> None:
         def damaged(what: str) -> CorruptDataError:
             return CorruptDataError(
-                f"{self.name}, shard {number}, chunk {within}: {what} ({self.path}/c/{number})"
+                f"{self.name}, shard {number}, chunk {within}: {what} ({self.path}/c/{number}{self._tail})"
             )
 
         if self._checksum:
@@ -335,11 +340,11 @@ def _fetch(run: _Run) -> None:
         got = run.shard.file.readinto(run.offset, run.stored)
     except FileNotFoundError:
         where = f"{run.array.name}, shard {run.number}"
-        raise CorruptDataError(missing(where, f"{run.array.path}/c/{run.number}")) from None
+        raise CorruptDataError(missing(where, f"{run.array.path}/c/{run.number}{run.array._tail}")) from None
     if got < run.stored.size:
         raise CorruptDataError(
             f"{run.array.name}, shard {run.number}, chunk {run.last - 1}: the file ends before the chunk "
-            f"does ({run.array.path}/c/{run.number})"
+            f"does ({run.array.path}/c/{run.number}{run.array._tail})"
         )
 
 
@@ -354,6 +359,7 @@ class PartReader:
         """Readers that share a ``ShardCache`` share its limit on open files. Nothing is read yet."""
         self.part = part
         self._shards = shards if shards is not None else ShardCache()
+        self._matrices: dict[str, ShardedArray] = {}
 
     @functools.cached_property
     def indices(self) -> ShardedArray:
@@ -362,6 +368,31 @@ class PartReader:
     @functools.cached_property
     def data(self) -> ShardedArray:
         return self._array("X/data")
+
+    def value(self, name: str, first: int, last: int) -> np.ndarray:
+        """A value of rows [first, last), with the features of ``part.panels``.
+
+        Returns:
+          float32 [last - first] of a column, else [last - first, features]; NaN where missing.
+
+        Raises:
+          CorruptDataError: names part, array, shard and chunk.
+        """
+        panel, own = self.part.panels[name], self.part.stored.get(name)
+        if own is None:
+            return np.full((last - first, *panel.shape), np.nan, np.float32)
+        if own.column:
+            return self.column(f"values/{name}", first, last)
+        width = len(own.features)
+        table = np.empty((last - first, width), np.float32)
+        self.matrix(name).read(first * width, last * width, table.reshape(-1))
+        return place(table, own.features, panel.features)
+
+    def matrix(self, name: str) -> ShardedArray:
+        """A value that is a matrix of obsm, as its numbers one after the other."""
+        if name not in self._matrices:  # two threads may both open it
+            self._matrices[name] = self._array(f"obsm/{name}")
+        return self._matrices[name]
 
     def _array(self, name: str) -> ShardedArray:
         part = self.part

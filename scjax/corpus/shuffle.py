@@ -22,6 +22,7 @@ from scjax.corpus.frames import add_group, new_part, one_blosc_thread, write_fra
 from scjax.corpus.index import write_index
 from scjax.corpus.plan import Plan
 from scjax.corpus.shards import ShardWriter
+from scjax.corpus.values import BITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +33,18 @@ class _Row:
       fragment: position in the list of fragments.
       start: element in that fragment at which it begins.
       length: its stored values.
+      place: how many cells come before it in that fragment.
     """
 
     fragment: np.ndarray
     start: np.ndarray
     length: np.ndarray
+    place: np.ndarray
+
+    def of_width(self, width: int, at: slice) -> _Row:
+        """Where some of them are in a table with that many elements for each cell."""
+        place = self.place[at]
+        return _Row(self.fragment[at], place * width, np.full(len(place), width, np.int64), place)
 
 
 def write_part(
@@ -72,6 +80,7 @@ def write_part(
     group = new_part(path)
     with one_blosc_thread():
         objects = _write_counts(group, plan, rows, indptr, cells, dtypes, fragments, advance)
+        objects |= _write_values(group, plan, rows, cells, fragments)
     obs: dict[str, Any] = {
         name: (cells[f"obs:{name}"], schema.categories[name]) if kind == "category" else cells[f"obs:{name}"]
         for name, kind in schema.kinds.items()
@@ -96,11 +105,15 @@ def write_part(
             "vocabulary": plan.vocabulary.hash,
             "split": split,
         },
+        features={name: panel.features for name, panel in plan.values.items() if panel.named},
     )
     columns = {"total": cells["total"], "codes/dataset": cells["dataset"] + plan.first_dataset}
     columns |= {
         f"codes/{name}": schema.label_codes(name, cells[f"obs:{name}"], plan.columns[name])
         for name in schema.labels
+    }
+    columns |= {
+        f"values/{name}": cells[f"value:{name}"] for name, panel in plan.values.items() if panel.column
     }
     if plan.options.drop_duplicates:
         columns["content"] = cells["content"]
@@ -142,8 +155,9 @@ def _collect(
         nnz = cells["nnz"].astype(np.int64)
         cells["start"] = int(fragment.head.elements[part]) + np.cumsum(nnz) - nnz
         cells["fragment"] = np.full(len(nnz), number, np.int32)
+        first = int(fragment.head.rows[part])
+        cells["place"] = first + np.arange(len(nnz))
         if number in duplicates:
-            first = int(fragment.head.rows[part])
             stay = np.ones(len(nnz), bool)
             gone = duplicates[number] - first
             stay[gone[(gone >= 0) & (gone < len(nnz))]] = False
@@ -151,11 +165,12 @@ def _collect(
         found.append(cells)
     if not found:
         none = np.zeros(0, np.int64)
-        return {}, _Row(none, none, none)
+        return {}, _Row(none, none, none, none)
     cells = {name: np.concatenate([each[name] for each in found]) for name in found[0]}
     order = np.lexsort((cells["row"], cells["dataset"], cells["key"]))
     cells = {name: values[order] for name, values in cells.items()}
-    return cells, _Row(cells.pop("fragment"), cells.pop("start"), cells["nnz"].astype(np.int64))
+    where = cells.pop("fragment"), cells.pop("start"), cells["nnz"].astype(np.int64), cells.pop("place")
+    return cells, _Row(*where)
 
 
 def _write_counts(
@@ -187,7 +202,7 @@ def _write_counts(
         high = min(low + layout.shard, nnz)
         first, last = (int(v) for v in np.searchsorted(indptr, [low, high - 1], side="right") - 1)
         at = slice(first, last + 1)
-        some = _Row(rows.fragment[at], rows.start[at], rows.length[at])
+        some = _Row(rows.fragment[at], rows.start[at], rows.length[at], rows.place[at])
         skip = low - int(indptr[first])
         for collector, writer in zip(collectors, writers, strict=True):
             values = collector.collect(some, cells[f"check:{collector.name}"][at])
@@ -195,6 +210,27 @@ def _write_counts(
         advance(last + (high == nnz) - done)
         done = last
     return {name: checks for writer in (pointers, *writers) for name, checks in writer.objects.items()}
+
+
+def _write_values(
+    group: zarr.Group, plan: Plan, rows: _Row, cells: Cells, fragments: Sequence[Fragment]
+) -> dict[str, dict[str, Any]]:
+    """Writes obsm; returns the checksums of its shards."""
+    obsm, n = add_group(group, "obsm", "dict"), len(rows.length)
+    objects: dict[str, dict[str, Any]] = {}
+    for turn, (name, panel) in enumerate(plan.values.items()):
+        if panel.column:
+            continue
+        width, part = len(panel.features), f"values-{turn}"
+        writer = ShardWriter(obsm, name, np.dtype(np.float32), n, plan.layout, width)
+        collector = _Collector(part, [BITS] * len(fragments), BITS, fragments)
+        step = writer.shard // width
+        for low in range(0, n, step):
+            at = slice(low, low + step)
+            found = collector.collect(rows.of_width(width, at), cells[f"check:{part}"][at])
+            writer.write(found.view(np.float32))
+        objects |= writer.objects
+    return objects
 
 
 class _Collector:

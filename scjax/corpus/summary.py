@@ -25,6 +25,8 @@ MIB = 2**20
 def summarise(corpus: Corpus) -> rich.console.Group:
     """See ``Corpus.info``."""
     tables = [_datasets(corpus), _labels(corpus)]
+    if corpus.panels:
+        tables.append(_values(corpus))
     history = _history(corpus)
     if history.row_count > 1:
         tables.append(history)
@@ -115,6 +117,18 @@ def _labels(corpus: Corpus) -> rich.table.Table:
     for column, categories in corpus.columns.items():
         shown = ", ".join(categories[:5]) + (", ..." if len(categories) > 5 else "")
         table.add_row(column, f"{len(categories):,}", shown)
+    return table
+
+
+def _values(corpus: Corpus) -> rich.table.Table:
+    table = _table(
+        "values", "value", "features", "for example", "data sets", numbers=("features", "data sets")
+    )
+    for name, panel in corpus.panels.items():
+        shown = "a column of obs" if panel.column else None if panel.named else "without names"
+        shown = shown or ", ".join(panel.features[:5]) + (", ..." if len(panel.features) > 5 else "")
+        having = sum(name in entry.get("values", ()) for entry in corpus.manifest["datasets"])
+        table.add_row(name, f"{len(panel.features):,}", shown, f"{having:,} of {len(corpus.datasets):,}")
     return table
 
 

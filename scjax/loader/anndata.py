@@ -11,7 +11,8 @@ from scipy import sparse
 from scjax.config import nearest
 from scjax.corpus.build import UNKNOWN
 from scjax.corpus.obs import categorise
-from scjax.corpus.sources.values import find_value, list_values, place, read_value
+from scjax.corpus.panels import place
+from scjax.corpus.sources.values import find_value, list_values, read_value
 from scjax.loader.buckets import bucket_of, round_up
 from scjax.types import CellBatch
 
@@ -121,13 +122,13 @@ def _numbers(source: Source, name: str, features: Sequence[str] | None) -> tuple
     if features is None or (value.column and len(features) == 1):
         shape = () if value.column else (len(value.features),)
         return shape, lambda first, last: read_value(source, value, first, last)
-    if value.column or (value.unnamed and len(value.features) != len(features)):
+    if value.column or (not value.named and len(value.features) != len(features)):
         has = "is an obs column" if value.column else f"has {len(value.features)} features without names"
         raise ValueError(
             f"{source.where}: {name!r} {has}, not the {len(features)} features that are wanted "
             f"({', '.join(features[:3])}, ...); a table (DataFrame) in obsm may have any of them, by name"
         )
-    own = features if value.unnamed else value.features
+    own = value.features if value.named else features
     return (len(features),), lambda first, last: place(read_value(source, value, first, last), own, features)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from scjax.corpus.format import index_dtype
+from scjax.corpus.panels import panel_of
 from scjax.corpus.reader import PartReader, ShardCache
 from scjax.loader.buckets import batch_lengths, choose_lengths, round_up
 from scjax.loader.genes import GeneTables
@@ -68,6 +69,7 @@ class Loader:
       steps_per_epoch: batches of an epoch: of every cell once, or of ``epoch_cells`` draws.
       bucket_lengths: the values L takes. All processes use the same one at the same step.
       labels: names of the label columns in a batch.
+      panels: name -> ``Panel`` of the values in a batch.
       order: the ``Order`` of the rows.
       sparse_dtypes: of the genes and counts of a ``SparseBatch``: as narrow as the corpus stores them.
       luts, lut_of_part: int32 [k, genes] and int64 [parts], from the genes of a part to those of a batch; see
@@ -90,6 +92,7 @@ class Loader:
         max_genes: int | None = None,
         n_buckets: int = 3,
         labels: Sequence[str] | None = None,
+        values: Sequence[str] | None = (),
         shuffle: bool = True,
         epochs: int | None = None,
         vocabulary: Vocabulary | None = None,
@@ -120,6 +123,8 @@ class Loader:
           each epoch; ``depth`` stays that of the whole cell.
         n_buckets: into how many different lengths L batches are padded, at most.
         labels: columns to put into ``CellBatch.label``; None means all that the corpus has.
+        values: what to put into ``CellBatch.value``, of ``corpus.values``: float32 [B] of a column of obs,
+          [B, features] of a matrix, NaN where missing and in rows that only fill the batch. None means all.
         shuffle: False visits the rows of each lane as they are stored.
         epochs: stop after this many; None goes on for ever.
         vocabulary: give genes the ids of this vocabulary rather than those of the corpus; genes that it
@@ -139,7 +144,7 @@ class Loader:
         Raises:
           ValueError: sizes that do not divide each other, a split without cells, weights that cannot be;
             names the numbers.
-          KeyError: a label column or category that the corpus does not have; lists those it has.
+          KeyError: a label column, category or value that the corpus does not have; lists those it has.
 
         Copies of a cell in one epoch keep the same genes under ``max_genes``; in the next epoch others.
         """
@@ -220,6 +225,9 @@ class Loader:
         for name in self.labels:
             if name not in known:
                 raise KeyError(f"the corpus {corpus.path} has no label column {name!r}; it has {known}")
+
+        wanted_values = corpus.panels if values is None else [values] if isinstance(values, str) else values
+        self.panels = {name: panel_of(corpus, name) for name in wanted_values}
 
         self.code_maps = {name: [_code_map(part, name) for part in self.parts] for name in self.labels}
 

@@ -60,6 +60,7 @@ class Content:
     depth: np.ndarray  # float32
     lut: np.ndarray  # int32, which table of genes is for the row
     labels: np.ndarray  # int32[labels, rows]
+    values: list[np.ndarray]  # float32[rows, ...] each
 
 
 @dataclasses.dataclass
@@ -103,6 +104,7 @@ class Pipeline:
         self._depth = np.empty((here, width), np.float32)
         self._lut = np.zeros((here, width), np.int32)
         self._labels = np.empty((len(loader.labels), here, width), np.int32)
+        self._values = [np.empty((here, width, *panel.shape), np.float32) for panel in loader.panels.values()]
 
         self._held: dict[int, Counts] = {}  # lane -> the buffer its current window is in
         self._spare: list[Counts] = []
@@ -176,6 +178,7 @@ class Pipeline:
             depth=column("total", np.float32, 0),
             lut=lut,
             labels=np.empty((len(loader.labels), len(from_row)), np.int32),
+            values=[self._numbers(name, pieces)[from_row] for name in loader.panels],
         )
         for codes, name in zip(content.labels, loader.labels, strict=True):
             codes[:] = hand_out(self._codes(name, pieces), -1)
@@ -201,6 +204,12 @@ class Pipeline:
             to = self._loader.code_maps[name][which]
             out.append(codes if to is None else to[codes])  # the last entry of a map is that of -1
         return _join(out, np.int32)
+
+    def _numbers(self, name: str, pieces: list[tuple[int, int, int]]) -> np.ndarray:
+        """float32 [rows + 1, ...]: a value of the rows that are read, and NaN for filler."""
+        readers, shape = self._loader.readers, self._loader.panels[name].shape
+        read = [readers[which].value(name, first, last) for which, first, last in pieces]
+        return np.concatenate([*read, np.full((1, *shape), np.nan, np.float32)])
 
     def _buffer(self, size: int) -> Counts:
         """A spare buffer of ``size`` elements, or a new one where it is too small."""
@@ -240,6 +249,8 @@ class Pipeline:
             self._depth[here, :n] = content.depth
             self._lut[here, :n] = content.lut
             self._labels[:, here, :n] = content.labels
+            for held, values in zip(self._values, content.values, strict=True):
+                held[here, :n] = values
 
     # ---- batches
 
@@ -282,6 +293,8 @@ class Pipeline:
             "weight": ((B,), np.float32),
             "labels": ((len(loader.labels), B), np.int32),
         }
+        shapes = [panel.shape for panel in loader.panels.values()]
+        fields |= {f"value {i}": ((B, *shape), np.float32) for i, shape in enumerate(shapes)}
         choice = loader.max_genes, self._key(self._now // order.steps_per_epoch)
         if loader.sparse:
             n_genes = rows.count()
@@ -314,7 +327,10 @@ class Pipeline:
         for codes, table in zip(labels, self._labels, strict=True):
             codes[:] = table.ravel()[mine]
         label = dict(zip(loader.labels, labels, strict=True))
-        return (SparseBatch if loader.sparse else CellBatch)(**out, label=label, value={})
+        value = {name: out.pop(f"value {i}") for i, name in enumerate(loader.panels)}
+        for values, held in zip(value.values(), self._values, strict=True):
+            values[:] = held.reshape(-1, *values.shape[1:])[mine]
+        return (SparseBatch if loader.sparse else CellBatch)(**out, label=label, value=value)
 
 
 def _join(pieces: list[np.ndarray], dtype: type) -> np.ndarray:

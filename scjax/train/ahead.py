@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,11 @@ from scjax.types import CellBatch
 
 
 def abstract_batch(
-    mesh: Mesh, batch_size: int, length: int, labels: Iterable[str] = (), values: Iterable[str] = ()
+    mesh: Mesh,
+    batch_size: int,
+    length: int,
+    labels: Iterable[str] = (),
+    values: Mapping[str, Sequence[int]] | None = None,
 ) -> CellBatch:
     """A global batch as ``jax.ShapeDtypeStruct`` with shardings; nothing is allocated.
 
@@ -31,7 +35,8 @@ def abstract_batch(
       mesh: the device mesh, also an ``AbstractMesh``.
       batch_size: cells B of the whole batch.
       length: gene slots L.
-      labels, values: names of what the cells carry; each value is a number.
+      labels: names of those that the cells carry.
+      values: name -> shape of that of one cell, () for a number.
     """
     sharding = batch_sharding(mesh)
 
@@ -45,7 +50,7 @@ def abstract_batch(
         n_genes=array(np.int32),
         row=array(np.uint32),
         label={name: array(np.int32) for name in labels},
-        value={name: array(np.float32) for name in values},
+        value={name: array(np.float32, *shape) for name, shape in (values or {}).items()},
         weight=array(np.float32),
     )
 
@@ -81,7 +86,7 @@ class AheadStep:
         self.compiled = {batch.shape: step.lower(abstract, batch).compile() for batch in batches}
         self.seconds = time.perf_counter() - began
         self._structure: Any = jax.tree.structure(batches[0])
-        self._labels = sorted(batches[0].label)
+        self._carried = _carried(batches[0])
 
     def __call__(self, state: State, batch: CellBatch) -> Any:
         """What the step returns.
@@ -93,8 +98,8 @@ class AheadStep:
         if compiled is None or jax.tree.structure(batch) != self._structure:
             known = ", ".join(f"{cells} x {length}" for cells, length in self.compiled)
             raise ValueError(
-                f"a batch of {batch.shape[0]} x {batch.shape[1]} with the labels {sorted(batch.label)}: the "
-                f"step was compiled ahead for {known} with {self._labels}"
+                f"a batch of {batch.shape[0]} x {batch.shape[1]} with the labels {_carried(batch)}: the "
+                f"step was compiled ahead for {known} with {self._carried}"
             )
         return compiled(state, batch)
 
@@ -107,17 +112,24 @@ class AheadStep:
         return f"compiled in {self.seconds:.1f} s; GiB a device by length {needs}"
 
 
+def _carried(batch: CellBatch) -> str:
+    """What its cells carry, for messages."""
+    values = f" and the values {sorted(batch.value)}" if batch.value else ""
+    return f"{sorted(batch.label)}{values}"
+
+
 def compile_ahead(step: Callable[..., Any], abstract: State, loader: Loader) -> AheadStep:
     """A jitted step compiled for every shape of batch that a loader gives.
 
     Args:
       step: from :func:`scjax.train.make_train_step` or :func:`scjax.train.make_eval_step`.
       abstract: the state, from :func:`scjax.train.abstract_state`.
-      loader: its batch size, bucket lengths and labels are what is compiled for.
+      loader: its batch size, bucket lengths, labels and values are what is compiled for.
     """
     mesh = abstract["step"].sharding.mesh
     lengths, labels = loader.bucket_lengths, loader.labels
-    batches = [abstract_batch(mesh, loader.batch_size, length, labels) for length in lengths]
+    values = {name: panel.shape for name, panel in loader.panels.items()}
+    batches = [abstract_batch(mesh, loader.batch_size, length, labels, values) for length in lengths]
     return AheadStep(step, abstract, batches)
 
 

@@ -44,7 +44,7 @@ class DataConfig:
 
     def loader(self) -> dict[str, Any]:
         """The arguments of the loader but for corpus, vocabulary, seed and process."""
-        of_the_corpus = ("corpus", "shares", "genes", "cache", "values")
+        of_the_corpus = ("corpus", "shares", "genes", "cache")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in of_the_corpus}
 
 

@@ -74,6 +74,7 @@ def make_loaders(
         split="validation",
         max_genes=data.max_genes,
         labels=data.labels,
+        values=data.values,
         shuffle=False,
         epochs=1,
         **processes,

@@ -13,6 +13,7 @@ import pandas as pd
 import zarr
 from scipy import sparse
 
+from scjax.corpus.panels import Panel, numbers
 from scjax.corpus.sources.base import Source
 
 _ARRAYS = (np.ndarray, h5py.Dataset, zarr.Array)
@@ -20,29 +21,14 @@ _GROUPS = (h5py.Group, zarr.Group)
 
 
 @dataclasses.dataclass(frozen=True)
-class Value:
-    """Where a source keeps a value.
+class Value(Panel):
+    """A value of a source.
 
     Attributes:
       key: of the obs column, or of the obsm matrix.
-      column: which of the two it is.
-      features: names of the matrix' columns; those of an array without names are 0, 1, ...; of an obs
-        column its own name alone.
     """
 
     key: str
-    column: bool
-    features: tuple[str, ...]
-
-    @property
-    def unnamed(self) -> bool:
-        """Whether the features have no names but their numbers."""
-        return not self.column and self.features == numbers(len(self.features))
-
-
-def numbers(n: int) -> tuple[str, ...]:
-    """What the features of an array are called that come without names."""
-    return tuple(map(str, range(n)))
 
 
 def list_values(source: Source) -> list[str]:
@@ -52,12 +38,15 @@ def list_values(source: Source) -> list[str]:
     return [*(str(name) for name in source.obs if _numeric(source.obs[name].dtype)), *keys]
 
 
-def find_value(source: Source, name: str, column: str | None = None) -> Value | None:
+def find_value(
+    source: Source, name: str, column: str | None = None, others: Sequence[str] = ()
+) -> Value | None:
     """Looks for an obsm matrix of a name, or an obs column.
 
     Args:
-      name: of the matrix.
+      name: of the value.
       column: of the obs column, where that is spelt differently.
+      others: other names that the matrix may have, the most wanted first.
 
     Returns:
       None where the source has neither.
@@ -69,17 +58,18 @@ def find_value(source: Source, name: str, column: str | None = None) -> Value | 
     column = name if column is None else column
     where = f"{source.where}: {name}"
     with source.obsm() as obsm:
-        if name not in obsm:
+        key = next((key for key in (name, *others) if key in obsm), None)
+        if key is None:
             if column not in source.obs:
                 return None
             dtype = source.obs[column].dtype
             if not _numeric(dtype):
                 shown = ", ".join(map(repr, source.obs[column].unique()[:3]))
                 raise ValueError(f"{where}: the obs column {column!r} holds no numbers but {dtype}: {shown}")
-            return Value(column, True, (name,))
-        if name in source.obs:
+            return Value(True, (name,), column)
+        if key in source.obs:
             raise ValueError(f"{where}: is a column of obs and a matrix of obsm as well; rename one of them")
-        matrix = obsm[name]
+        matrix = obsm[key]
         features = _features(matrix)
         if features is None:
             raise ValueError(f"{where}: obsm holds {_shown(matrix)}, not a matrix of cells x features")
@@ -90,7 +80,7 @@ def find_value(source: Source, name: str, column: str | None = None) -> Value | 
     if twice or not features:
         what = f"several features are called {twice[0]!r}" if twice else "obsm has no features"
         raise ValueError(f"{where}: {what}")
-    return Value(name, False, features)
+    return Value(False, features, key)
 
 
 def read_value(source: Source, value: Value, first: int = 0, last: int | None = None) -> np.ndarray:
@@ -120,17 +110,6 @@ def read_value(source: Source, value: Value, first: int = 0, last: int | None = 
             f"and {len(wrong) - 1} more are infinite or beyond float32; NaN stands for missing"
         )
     return numbers
-
-
-def place(values: np.ndarray, features: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
-    """Columns in another order, by name; NaN where there is none: float32 [n, wanted]."""
-    if tuple(features) == tuple(wanted):
-        return values
-    position = {feature: i for i, feature in enumerate(features)}
-    at = np.array([position.get(feature, -1) for feature in wanted])
-    out = np.full((len(values), len(wanted)), np.nan, np.float32)
-    out[:, at >= 0] = values[:, at[at >= 0]]
-    return out
 
 
 def _repeats(features: tuple[str, ...]) -> bool:
