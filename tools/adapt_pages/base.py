@@ -29,7 +29,7 @@ N_VARIABLE = 2000
 
 
 def main() -> None:
-    args = arguments(__doc__, steps=1500)
+    args = arguments(__doc__, steps=800)
     from scjax import Corpus, build_corpus
     from scjax.corpus import variable_genes
     from scjax.genes import Vocabulary
@@ -53,8 +53,7 @@ def main() -> None:
     overrides = {
         "data.corpus": where,
         "data.genes": genes,
-        "model.n_layers": 3,
-        "model.max_length": 257,
+        "model.max_length": 193,
         "train.steps": args.steps,
         "validation.probe_label": "tissue",
     }
