@@ -1,4 +1,5 @@
-"""The small real data that ship with scjax. Sources, licences and what was changed: LICENSES.md here."""
+"""The small real data that ship with scjax (sources, licences and what was changed: LICENSES.md here), and a
+simulated experiment."""
 
 from __future__ import annotations
 
@@ -7,6 +8,10 @@ import pathlib
 import anndata as ad
 import numpy as np
 from scipy import sparse
+
+from scjax.datasets.perturbed import perturbed
+
+__all__ = ["pbmc", "pbmc_paths", "perturbed"]
 
 _FOLDER = pathlib.Path(__file__).parent
 
