@@ -15,6 +15,7 @@ from contextlib import closing
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from scjax.config import from_config
@@ -45,6 +46,7 @@ from scjax.train import (
     make_train_step,
     start_from,
 )
+from scjax.types import CellBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,8 @@ class FitConfig:
       layer_decay, freeze_layers: see :func:`scjax.finetune.layer_rates`.
       weights: of the cells that are drawn, such as ``{"cell_type": 0.0}`` for all classes alike; see
         :class:`scjax.loader.Loader`.
-      eval_every, patience: steps between evaluations, and how many without a better one end it.
+      eval_every, patience: steps between evaluations, and how many without a better one end it; None never
+        ends it, and needs no validation cells: without any the last state is taken.
       seed: of the order of the cells.
     """
 
@@ -90,14 +93,15 @@ def _steps(model: str, n_genes: int, config: str) -> Any:
     abstract = abstract_state(abstract_model, tx, layout.mesh, layout.rules)
     train_step = make_train_step(abstract_model, tx, abstract, seed=0, layout=layout)
     eval_step = make_eval_step(abstract_model, abstract, seed=0, layout=layout)
-    return abstract_model, tx, abstract, train_step, eval_step, Reader(abstract_model, abstract, layout)
+    fresh = init_state(abstract_model, tx, abstract)
+    return abstract_model, abstract, fresh, train_step, eval_step, Reader(abstract_model, abstract, layout)
 
 
 def fit(
     model: Any, corpus: Any, tasks: Mapping[str, Task], config: FitConfig | None = None
 ) -> dict[str, Any]:
     """Fine-tunes a model on the training cells of a corpus; its validation cells choose the step and the
-    temperatures. On one process, in memory.
+    temperatures. On one process.
 
     Args:
       model: the base, what ``scjax.load`` returns.
@@ -111,11 +115,15 @@ def fit(
 
     Raises:
       ConfigError: a task that the corpus cannot serve; names what there is.
-      ValueError: no validation cells.
+      ValueError: no validation cells where some are needed.
     """
     config = config or FitConfig()
-    if not any(part.n_cells for part in corpus.split("validation")):
-        raise ValueError(f"{corpus.path} has no validation cells to stop by; build it with validation=")
+    judging = any(part.n_cells for part in corpus.split("validation"))
+    if not judging and config.patience is not None:
+        raise ValueError(
+            f"{corpus.path} has no validation cells to stop by: build it with validation=, or "
+            "give patience=None"
+        )
     sources = sorted({task.source or name for name, task in tasks.items() if task.categorical})
     drawn = frequencies(corpus, [s for s in sources if s in corpus.columns], config.weights)
     tasks = complete(tasks, corpus.columns, getattr(corpus, "values", {}), drawn)
@@ -127,7 +135,7 @@ def fit(
         "freeze": config.freeze,
     }
     compiled = dataclasses.replace(config, seed=0, weights=None, patience=None, eval_every=1)
-    abstract_model, tx, abstract, train_step, eval_step, reader = _steps(
+    abstract_model, abstract, fresh, train_step, eval_step, reader = _steps(
         json.dumps(about), len(model.vocabulary), json.dumps(dataclasses.asdict(compiled))
     )
     mesh = abstract["step"].sharding.mesh
@@ -137,40 +145,50 @@ def fit(
         carried["values"] = values
     options = {"vocabulary": model.vocabulary, "seed": config.seed, "n_buckets": 1, **carried}
     loader = Loader(corpus, config.batch_size, weights=config.weights, **options)
-    held_out = Loader(corpus, config.batch_size, split="validation", shuffle=False, epochs=1, **options)
+    if judging:
+        held_out = Loader(corpus, config.batch_size, split="validation", shuffle=False, epochs=1, **options)
 
     start = start_from(abstract_model, model.params, model.buffers, prefix="base/")
-    state = init_state(abstract_model, tx, abstract, start.values)
+    state = put(jax.tree.map(jnp.copy, fresh), start.values)  # a step takes the memory of its state
     state = put(state, reader.scales(state, loader))
     stopping, best = Stopping(config.patience), None
     with closing(iter(loader)) as batches:
         for step, batch in enumerate(itertools.islice(batches, config.steps), 1):
-            state, metrics = train_step(state, place(batch, mesh))
-            if step % config.eval_every and step < config.steps:
+            state, metrics = train_step(state, place(_padded(batch), mesh))
+            if not judging or step % config.eval_every and step < config.steps:
                 continue
             meter = Meter()
             with closing(iter(held_out)) as judged:
                 for batch in judged:
-                    meter.add(step, eval_step(state, place(batch, mesh)))
+                    meter.add(step, eval_step(state, place(_padded(batch), mesh)))
             if stopping(step, validation_error(meter.mean("validation"), tasks)):
                 best = jax.tree.map(np.asarray, {name: state[name] for name in ("params", "buffers")})
             if stopping.ended:
                 break
-    assert best is not None
-    state = init_state(abstract_model, tx, abstract, flatten(best["params"]) | flatten(best["buffers"]))
-    temperatures, report = calibrate(tasks, reader.outputs(state, held_out), None)
-    state = put(state, temperatures)
+    report: dict[str, Any] = {}
+    if best is not None:
+        state = put(state, flatten(best["params"]) | flatten(best["buffers"]))
+        temperatures, report = calibrate(tasks, reader.outputs(state, held_out), None)
+        state = put(state, temperatures)
     return {
         "system": SYSTEM,
         "config": about,
         "vocabulary": model.vocabulary,
         "params": state["params"],
         "buffers": state["buffers"],
-        "step": stopping.step,
+        "step": stopping.step or step,
         "path": model.path,
         "categories": {name: list(corpus.columns[name]) for name in sources},
-        "report": report | {"step": stopping.step, "steps": step},
+        "report": report,
     }
+
+
+def _padded(batch: CellBatch) -> CellBatch:
+    """With slots for a power of two of genes, so that corpora with other cells need no other code."""
+    length = batch.gene_id.shape[1]
+    more = ((0, 0), (0, (1 << (length - 1).bit_length()) - length))
+    gene_id = np.pad(batch.gene_id, more, constant_values=-1)
+    return batch.replace(gene_id=gene_id, count=np.pad(batch.count, more))
 
 
 def predict(model: Any, adata: Any, *, batch_size: int = 64, **options: Any) -> dict[str, np.ndarray]:
@@ -184,23 +202,30 @@ def predict(model: Any, adata: Any, *, batch_size: int = 64, **options: Any) -> 
       **options: see :func:`scjax.loader.cells`.
     """
 
-    def run(params: Any, buffers: Any, batch: Any) -> dict[str, Any]:
-        module = bind(model.abstract, params, buffers)
-        module.eval()
-        outputs, _ = module.outputs(batch)
-        return {
-            name: head.predict(outputs[name])
-            for name, head in module.heads.items()
-            if head.task.level == "cell"
-        }
-
-    jitted, pieces = jax.jit(run), []
+    jitted, pieces = _predictor(model.system, json.dumps(model.config), len(model.vocabulary)), []
     for batch in cells(adata, model.vocabulary, batch_size, **options):
         pieces.append(jax.tree.map(np.asarray, jitted(model.params, model.buffers, batch)))
+    if not pieces:
+        raise ValueError("no cells to predict: the AnnData has no rows")
     return {
         name: np.concatenate([piece[name] for piece in pieces])[: adata.n_obs].astype(np.float32)
         for name in pieces[0]
     }
+
+
+@functools.lru_cache(8)
+def _predictor(system: str, config: str, n_genes: int) -> Any:
+    """Compiled once for all models of one shape."""
+    abstract_model = build(system, json.loads(config), n_genes)
+
+    def run(params: Any, buffers: Any, batch: CellBatch) -> dict[str, Any]:
+        module = bind(abstract_model, params, buffers)
+        module.eval()
+        outputs, _ = module.outputs(batch)
+        heads = {name: head for name, head in module.heads.items() if head.task.level == "cell"}
+        return {name: head.predict(outputs[name]) for name, head in heads.items()}
+
+    return jax.jit(run)
 
 
 def base_of(model: Any) -> dict[str, Any]:

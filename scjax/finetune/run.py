@@ -267,13 +267,16 @@ def _moments(x: Any, weight: Any) -> tuple[Any, Any, Any]:
 
 
 def put(state: State, values: Mapping[str, Any]) -> State:
-    """The state with other values of some buffers, by path."""
-    flat = flatten(state["buffers"])
-    for path, value in values.items():
-        like = flat[path]
-        own = np.asarray(value, like.dtype).reshape(like.shape)
-        flat[path] = jax.make_array_from_callback(own.shape, like.sharding, own.__getitem__)
-    return state | {"buffers": nest(flat)}
+    """The state with other values of some parameters and buffers, by path."""
+    out = dict(state)
+    for kind in ("params", "buffers"):
+        flat = flatten(state[kind])
+        for path in flat.keys() & values.keys():
+            like = flat[path]
+            own = np.asarray(values[path], like.dtype).reshape(like.shape)
+            flat[path] = jax.make_array_from_callback(own.shape, like.sharding, own.__getitem__)
+        out[kind] = nest(flat)
+    return out
 
 
 def calibrate(
