@@ -74,11 +74,6 @@ class PerturbationConfig:
         within(self, panel=(1, INF), rank=(1, INF), **weights)
         if not any(getattr(self, name) for name in weights):
             raise ConfigError(f"all of {', '.join(weights)} are 0: nothing is trained")
-        if not self.wanted:
-            raise ConfigError(
-                'the model is not told of conditions: give model.tokens or model.shift an entry "targets", '
-                '"features", "perturbation" or "dose"'
-            )
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -106,6 +101,11 @@ class Perturbation(Wrapper):
         if config.base.keys() != {"system", "model"}:
             raise ConfigError(
                 f'model.base has {sorted(config.base)}; it holds "system" and "model", the config of the base'
+            )
+        if not config.wanted:
+            raise ConfigError(
+                'the model is not told of conditions: give model.tokens or model.shift an entry "targets", '
+                '"features", "perturbation" or "dose"'
             )
         super().__init__(config.base["system"], config.told_base, n_genes, rngs=rngs)
         c, self.config = config, config

@@ -1,0 +1,350 @@
+"""Train a model of perturbations on control and perturbed cells. Copy this file to change anything about it.
+
+    python experiments/perturb.py --config=configs/perturb.py:smoke --workdir=runs/perturb-smoke
+    python experiments/perturb.py --config=configs/perturb.py --config.data.corpus=CELLS.h5ad \\
+        --config.start=runs/scgpt --workdir=runs/perturb
+
+The same command resumes a run that was stopped, exactly where its last checkpoint stands. At the end the run
+directory holds predicted cells of what was held out (predictions.h5ad) and their scores beside those of no
+change, the training mean, additive and linear predictors (scores.jsonl), by scjax.eval.perturbation.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import sys
+from contextlib import closing
+from typing import Any, Literal
+
+import anndata as ad
+import jax
+import numpy as np
+import pandas as pd
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+import scjax
+import scjax.eval
+from scjax.config import ConfigError, from_config
+from scjax.eval.perturbation_data import perturbation_split
+from scjax.genes import Vocabulary
+from scjax.launch.capture import capture
+from scjax.launch.codes import REQUEUE
+from scjax.loader.conditions import Conditions, Kind
+from scjax.loader.order import permutation
+from scjax.loader.sets import PerturbedCells, Sets, predict_cells
+from scjax.models import build
+from scjax.models.perturbation import Perturbation, PerturbationConfig
+from scjax.nn import bind
+from scjax.nn.context import ContextToken
+from scjax.parallel import (
+    Prefetch,
+    barrier,
+    batch_sharding,
+    distributed_start,
+    layout_for,
+    place,
+    process_shard,
+    replicated,
+    together,
+)
+from scjax.parallel.layout import automatic
+from scjax.train import (
+    Checkpoints,
+    Meter,
+    MetricsLog,
+    Preemption,
+    RunConfig,
+    RunProgress,
+    Status,
+    abstract_state,
+    count_parameters,
+    describe,
+    gene_tables,
+    identity,
+    init_state,
+    keep_compiled,
+    make_eval_step,
+    make_optimizer,
+    make_train_step,
+    open_run,
+    start_from,
+)
+from scjax.train.state import judged_params, shardings_of
+from scjax.types import CellBatch
+
+_CONFIG = config_flags.DEFINE_config_file(
+    *("config", None, "The config file, FILE.py or FILE.py:ARG."),
+    **{"lock_config": False, "accept_new_attributes": True},
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run directory: new, or that of a run to resume.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """The cells' columns, what is held out, and what the model is told of a condition.
+
+    Attributes:
+      perturbation, control, context, dose: columns of obs, and the name of unperturbed cells; None for no
+        such column. Effects are within contexts (cell line, cell type, donor).
+      kind: see :class:`scjax.loader.conditions.Conditions`.
+      split: obs column, True for the cells to learn from; None to hold out ``fraction`` of what ``unseen``
+        says, see :func:`scjax.eval.perturbation_split`.
+      validation: share of the training conditions that is kept for the validation loss.
+      features: table of what is perturbed, tab-separated with names first, or "uns/KEY" of the cells.
+      tokens, shift: what is told to the base, and to the decoder: "targets", "features", "dose",
+        "perturbation", or a column of obs, of the control cells.
+      targets: perturbed genes of a condition, at most.
+      dropout: of each token in training.
+      set_size: cells of a set.
+      max_cells: predicted cells of a condition, at most.
+    """
+
+    perturbation: str = "perturbation"
+    control: str = "control"
+    context: str | None = None
+    dose: str | None = None
+    kind: Kind = "genetic"
+    split: str | None = None
+    unseen: Literal["perturbation", "combination", "context"] = "perturbation"
+    fraction: float = 0.25
+    validation: float = 0.0
+    features: str | None = None
+    tokens: tuple[str, ...] = ("targets",)
+    shift: tuple[str, ...] = ("targets",)
+    targets: int = 2
+    set_size: int = 16
+    max_cells: int = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerturbConfig(RunConfig):
+    """A run: as of pretraining, but that ``data.corpus`` is an .h5ad of raw counts or "simulated"
+    (:func:`scjax.datasets.perturbed`), ``start`` the run of the base or None for one from scratch, as
+    ``model.base`` says, and ``random_start`` takes only its architecture and tables: the control."""
+
+    told: Told
+    random_start: bool = False
+
+
+def read_cells(config: PerturbConfig) -> tuple[ad.AnnData, str, pd.DataFrame | None]:
+    """Cells, the column that says which are for training, and the table of features."""
+    told, path = config.told, config.data.corpus
+    cells = scjax.datasets.perturbed() if path == "simulated" else ad.read_h5ad(str(path))
+    split = told.split
+    if split is None:
+        split, options = "train", {"context_key": told.context, "fraction": told.fraction, "kind": told.kind}
+        marked = perturbation_split(
+            cells.obs, told.perturbation, told.control, told.unseen, **options, seed=config.seed
+        )
+        cells.obs[split] = marked
+    elif split not in cells.obs:
+        raise KeyError(f"{path}: no obs column {split!r} of the split; there are {list(cells.obs)}")
+    features = None
+    if told.features and told.features.startswith("uns/"):
+        features = pd.DataFrame(cells.uns[told.features[4:]])
+    elif told.features:
+        features = pd.read_csv(told.features, sep="\t", index_col=0)
+    return cells, split, features
+
+
+def model_of(config: PerturbConfig, base: dict[str, Any], cells: PerturbedCells) -> dict[str, Any]:
+    """The fields of the model, with the sizes that the cells and their conditions have."""
+    told, features = config.told, cells.conditions.features
+    known = {
+        "targets": ContextToken("genes", told.targets),
+        "dose": ContextToken("value", 1),
+        "perturbation": ContextToken("label", max(len(cells.conditions.seen), 1)),
+    }
+    known |= {name: ContextToken("label", len(names)) for name, names in cells.categories.items()}
+    if features is not None:
+        known["features"] = ContextToken("value", features.shape[1])
+    for name in (*told.tokens, *told.shift):
+        if name not in known:
+            raise ConfigError(f"config.told names {name!r}; there are {sorted(known)}, given data for them")
+    fields = {"base": base, "panel": len(cells.panel)}
+    fields |= {side: {n: known[n] for n in getattr(told, side)} for side in ("tokens", "shift")}
+    return dataclasses.asdict(from_config(PerturbationConfig, {**config.model, **fields}, "config.model"))
+
+
+def perturb(config: PerturbConfig, workdir: str, preemption: Preemption) -> bool:
+    """Whether the run is at its end; False where it was told to leave before."""
+    process, _ = distributed_start()
+    told = config.told
+
+    # ---------------------------------------------------------------------- cells and conditions
+    adata, split, features = read_cells(config)
+    begin = scjax.load(config.start) if config.start else None
+    conditions = Conditions(Vocabulary(["none"]), told.control, told.kind, (), told.targets, features)
+    conditions = dataclasses.replace(conditions, dosed=told.dose is not None)
+    names = {str(n) for n in adata.obs[told.perturbation].dropna()} if told.perturbation in adata.obs else ()
+    perturbed = sorted({part for name in names for part in conditions.parts(name)})
+    genes = [adata, *([perturbed] if told.kind == "genetic" else [])]
+    vocabulary = begin.vocabulary if begin else Vocabulary.from_anndata(genes)
+    conditions = dataclasses.replace(conditions, vocabulary=vocabulary)
+    labels = [n for n in {**dict.fromkeys(told.tokens), **dict.fromkeys(told.shift)} if n in adata.obs]
+    columns = {"perturbation_key": told.perturbation, "context_key": told.context, "dose_key": told.dose}
+    whole = PerturbedCells(
+        adata, conditions, labels=[n for n in labels if n not in ("perturbation", "dose")], **columns
+    )
+    cells = whole.training(adata.obs[split].to_numpy(bool))
+    asked = sorted(set(whole.groups) - set(cells.groups))
+    learned = sorted(cells.groups)
+    mixed = [learned[i] for i in permutation("validation", config.seed, n=len(learned))]
+    kept = mixed[: round(told.validation * len(mixed))]
+
+    # ------------------------------------------------------------------------- model and devices
+    base = {"system": begin.system, "model": begin.config} if begin else config.model["base"]
+    fields = model_of(config, copy.deepcopy(base), cells)
+    model = build(config.system, fields, len(vocabulary), config.seed)
+    layout = layout_for(config.mesh, count_parameters(model))
+    mesh = layout.mesh
+    index, count = process_shard(mesh)
+    wanted = from_config(PerturbationConfig, fields).wanted
+    options: dict[str, Any] = {"wanted": [n for n in wanted if n not in cells.labels]}
+    shared = {**options, "process_index": index, "process_count": count}
+    loader = Sets(
+        *(cells, config.data.batch_size, told.set_size),
+        conditions=[c for c in learned if c not in kept],
+        seed=config.seed,
+        **shared,
+    )
+    validation = None
+    if kept:
+        validation = Sets(cells, config.data.batch_size, told.set_size, conditions=kept, **shared)
+    for name, dose, _ in asked:  # before any training
+        conditions.read(name, dose, wanted=[n for n in options["wanted"] if n != "perturbation"])
+        if "perturbation" in wanted:
+            cells.conditions.read(name, dose, wanted=["perturbation"])
+
+    # ------------------------------------------------------------------------- the run directory
+    tables = gene_tables(config.system, fields, config.tables, model, vocabulary, None) if not begin else None
+    values = dict(tables.buffers) if tables else {}
+    origin: dict[str, Any] = {"tables": tables.sources} if tables else {}
+    if begin is not None:
+        params = {} if config.random_start else begin.params
+        start = start_from(model, params, begin.buffers, prefix="base/")
+        origin["start"] = {"source": config.start, "sha256": start.sha256}
+        values |= start.values
+    origin["categories"] = {**cells.categories, "perturbation": list(cells.conditions.seen)}
+    about = describe(config.system, fields, vocabulary, corpus=cells.hash, seed=config.seed, **origin)
+    run = open_run(workdir, about, vocabulary)
+    keep_compiled(run.path / "compiled" if config.train.compile_cache is None else config.train.compile_cache)
+
+    # ----------------------------------------------------------------------- optimiser and steps
+    steps = config.train.steps
+    tx, schedule = make_optimizer(config.optimizer, steps, model, None)
+    abstract = abstract_state(model, tx, mesh, layout.rules, ema=config.optimizer.ema is not None)
+    how = {"guard": config.train.guard, "ema": config.optimizer.ema, "accumulate": config.train.accumulate}
+    train_step = make_train_step(model, tx, abstract, seed=config.seed, layout=layout, **how)
+    eval_step = make_eval_step(model, abstract, seed=config.seed, layout=layout)
+
+    # ------------------------------------------------------------------------------- restore
+    data = iter(loader)
+    checkpoints = Checkpoints(run.checkpoints, identity(about), keep=config.train.keep)
+    restored = checkpoints.restore(abstract)
+    if restored is None:
+        step, state = 0, init_state(model, tx, abstract, values | {"panel": cells.panel})
+    else:
+        step, state = restored.step, restored.state
+        data.set_state(restored.cursor)
+    run.record(dataclasses.asdict(config))
+    capture(run.path)
+
+    # ---------------------------------------------------------------------------------- loop
+    leaving = False
+    status, progress = Status(run.path, step, steps), RunProgress(steps, step)
+    log = MetricsLog(run.path, None if restored is None else step, config.train.wandb)
+    totals = None if restored is None else restored.totals
+    meter = Meter(mesh, began=status.began, productive=log.productive, totals=totals)
+    batches = Prefetch(data, mesh)
+    with status, closing(checkpoints), closing(log), closing(batches), progress:
+        progress.say(f"{layout}; {loader}; {len(asked)} conditions held out, {len(kept)} for validation")
+        progress.say(f"{count_parameters(model):,} parameters; steps {step:,} to {steps:,} in {run.path}")
+        while step < steps and not leaving:
+            with meter.time("input_wait"):
+                batch = next(batches)
+            state, metrics = train_step(state, batch)
+            step += 1
+            meter.add(step, metrics)
+            progress.advance(step)
+            status.at(step)
+            leaving = preemption.reached(step) and step < steps
+            saving = leaving or config.train.due(config.train.checkpoint_every, step)
+            if saving or config.train.due(config.train.log_every, step):
+                means = meter.mean("train")  # raises on a non-finite loss, before anything is saved
+                means["train/learning_rate"] = float(schedule(step - 1))
+                log.write(step, means)
+                progress.show(step, means)
+                checkpoints.check()
+            if validation is not None and config.train.due(config.train.eval_every, step):
+                held_out, most = Meter(), config.validation.max_batches or 4
+                with meter.time("evaluate"), closing(Prefetch(iter(validation), mesh)) as few:
+                    for batch in itertools.islice(few, most):
+                        held_out.add(step, eval_step(state, batch))
+                log.write(step, held_out.mean("validation"))
+            if saving and not meter.skipping:
+                checkpoints.save(step, state, batches.get_state())
+
+    # -------------------------------------------------------------- what was held out, predicted
+    if not leaving and asked:
+        one = predictor(model, abstract, layout, state)
+        sizes = {"batch_size": config.data.batch_size, "set_size": told.set_size}
+        predicted = predict_cells(one, cells, asked, **sizes, **options, max_cells=told.max_cells)
+        if process == 0:
+            predicted.write_h5ad(run.path / "predictions.h5ad")
+            keys = {"context_key": told.context, "dose_key": told.dose, "control": told.control}
+            results = scjax.eval.perturbation(
+                *(adata, {"model": predicted}),
+                **keys,
+                perturbation_key=told.perturbation,
+                train=split,
+                kind=told.kind,
+                n_boot=200,
+                dataset=str(config.data.corpus),
+            )
+            results.to_jsonl(run.path / "scores.jsonl")
+            progress.say(results.to_text())
+            progress.say(f"predicted cells and scores are in {run.path}")
+        barrier("scjax:perturb:scored")
+    return not leaving
+
+
+def predictor(model: Any, abstract: Any, layout: Any, state: Any) -> Any:
+    """Whole batch of numpy arrays -> predicted cells, the same on all processes."""
+    mesh = layout.mesh
+    index, count = process_shard(mesh)
+
+    def run(state: Any, batch: CellBatch) -> jax.Array:
+        with layout.active():
+            module: Perturbation = bind(model, judged_params(state), state["buffers"])
+            module.eval()
+            return module.predict(batch)
+
+    given = (shardings_of(abstract), batch_sharding(mesh))
+    step = jax.jit(automatic(run, mesh, replicated(mesh)), in_shardings=given, out_shardings=replicated(mesh))
+
+    def predict(batch: CellBatch) -> np.ndarray:
+        n = len(batch.weight) // count
+        local = jax.tree.map(lambda x: x[index * n : (index + 1) * n], batch)
+        return np.asarray(step(state, place(local, mesh)))
+
+    return predict
+
+
+def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
+    with Preemption() as preemption, together():
+        try:
+            config = from_config(PerturbConfig, _CONFIG.value, where="config")
+            done = perturb(config, _WORKDIR.value, preemption)
+        except (ValueError, KeyError, OSError, FloatingPointError) as error:  # what the user can mend
+            raise SystemExit(f"{type(error).__name__}: {error}") from None
+    sys.exit(0 if done else REQUEUE)
+
+
+if __name__ == "__main__":
+    app.run(main)
