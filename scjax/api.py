@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,6 +91,7 @@ class Model:
         batch_size: int = 64,
         layer: str | None = None,
         duplicates: Literal["error", "sum"] = "sum",
+        context: bool | Sequence[str] = True,
         progress: bool = False,
     ) -> np.ndarray:
         """Cell embedding, float32 [n_obs, D]; see :func:`embed`."""
@@ -102,11 +104,13 @@ class Model:
                 f"{match.summary()}. The {len(self.vocabulary):,} genes {self.path} was trained on look like "
                 f"{self.vocabulary.ids[:3]} ({self.vocabulary.symbols[:3]})"
             )
-        out = None
+        out, given = None, self.context_in(adata, context)
         with cell_progress(progress) as bar:
             task = bar.add_task("embedding", total=adata.n_obs)
             start = 0
-            for batch in cells(adata, self.vocabulary, batch_size, layer=layer, duplicates=duplicates):
+            for batch in cells(
+                adata, self.vocabulary, batch_size, layer=layer, duplicates=duplicates, **given
+            ):
                 vectors = np.asarray(self._embed(self.params, self.buffers, batch))
                 if out is None:
                     out = np.empty((adata.n_obs, vectors.shape[1]), np.float32)
@@ -117,6 +121,37 @@ class Model:
         if out is None:
             raise ValueError("no cells to embed: the AnnData has no rows")
         return out
+
+    def context_in(self, adata: anndata.AnnData, wanted: bool | Sequence[str] = True) -> dict[str, Any]:
+        """What of the model's context tokens ``adata`` has, as arguments of :func:`scjax.loader.cells`.
+
+        Args:
+          adata: cells with columns of obs (labels) and obs or obsm (values) of the tokens' names.
+          wanted: True for all that are there, False for none, or names, which must be there.
+
+        Raises:
+          KeyError: a name that the model has no token for, or that ``adata`` lacks; lists those there are.
+          ValueError: a token of a label whose categories the run does not tell.
+        """
+        tokens = _tokens(self.config) if wanted else {}
+        there = {*adata.obs.columns, *adata.obsm}
+        names = [name for name in tokens if name in there] if isinstance(wanted, bool) else list(wanted)
+        for name in names:
+            if name not in tokens or name not in there:
+                lacks = self.path if name not in tokens else "the AnnData"
+                raise KeyError(
+                    f"context {name!r}: {lacks} has none such; the model's tokens are {sorted(tokens)}, "
+                    f"of which the AnnData has {sorted(there & tokens.keys())}"
+                )
+        labels = [name for name in names if tokens[name]["kind"] == "label"]
+        for name in labels:
+            if name not in self.categories:
+                raise ValueError(
+                    f"context {name!r}: {self.path} does not say which category is which; "
+                    "context=False leaves context out"
+                )
+        values = {name: self.categories.get(name) for name in names if name not in labels}
+        return {"labels": labels, "categories": self.categories, "values": values}
 
     def random_twin(self, seed: int = 1) -> Model:
         """The same network with fresh parameters: the control that shows what pretraining did.
@@ -243,6 +278,13 @@ def export_pretrained(model: Model | str | Path, out: str | Path, *, format: str
     interop.export_pretrained(_model(model), out, format)
 
 
+def _tokens(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The context tokens of a model's config, or of that of the model it is built on."""
+    if "base" in config:
+        return _tokens(config["base"].get("model", {}))
+    return config.get("context", {})
+
+
 def _model(model: Model | str | Path) -> Model:
     return model if isinstance(model, Model) else load(model)
 
@@ -255,6 +297,7 @@ def embed(
     batch_size: int = 64,
     layer: str | None = None,
     duplicates: Literal["error", "sum"] = "sum",
+    context: bool | Sequence[str] = True,
     progress: bool = False,
 ) -> None:
     """Embeds the cells of ``adata`` in place.
@@ -269,16 +312,19 @@ def embed(
       batch_size: cells at a time.
       layer: where the counts are: None for ``adata.X``, "raw", or the name of a layer.
       duplicates: several columns that are one gene: "sum" their counts, or "error".
+      context: what the model's context tokens (``config["context"]``) are told: True for the columns of
+        ``obs`` and the matrices of ``obsm`` of these names that are there, False for nothing, or names.
       progress: show a progress bar.
 
     Raises:
-      ValueError: counts that are not raw, or hardly any gene in common with the model. ``adata`` is then
-        as it was.
+      ValueError: counts that are not raw, hardly any gene in common with the model, or a category of context
+        that it was not trained with (names the nearest). ``adata`` is then as it was.
+      KeyError: named context that the model or ``adata`` does not have.
     """
     model = _model(model)
-    adata.obsm[key_added] = model.embed(
-        adata, batch_size=batch_size, layer=layer, duplicates=duplicates, progress=progress
-    )
+    told = model.context_in(adata, context)
+    how: dict[str, Any] = {"batch_size": batch_size, "layer": layer, "duplicates": duplicates}
+    adata.obsm[key_added] = model.embed(adata, context=context, progress=progress, **how)
     match = model.match(adata, layer)
     adata.uns.setdefault("scjax", {})[key_added] = {
         "run": str(model.path),
@@ -286,6 +332,7 @@ def embed(
         "step": model.step,
         "vocabulary": model.vocabulary.hash,
         "genes": {"matched": match.n_matched, "in data": len(match.names), "in model": len(model.vocabulary)},
+        "context": [*told["labels"], *told["values"]],
     }
 
 
