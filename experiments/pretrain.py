@@ -96,6 +96,7 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
     start = None if begin is None else start_from(model, begin.params, begin.buffers)
     origin = {"corpus": corpus.manifest_id, "manifests": manifests_of(corpus), "tables": tables.sources}
     origin["categories"] = {name: corpus.columns[name] for name in loader.labels}
+    origin["categories"] |= {name: panel.features for name, panel in loader.panels.items() if panel.named}
     if start is not None:
         origin["start"] = {"source": config.start, "sha256": start.sha256}
     about = describe(config.system, config.model, vocabulary, seed=config.seed, **origin)

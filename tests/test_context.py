@@ -21,7 +21,7 @@ from scjax.api import Model
 from scjax.config import ConfigError, from_config
 from scjax.genes import Vocabulary
 from scjax.nn import abstract, bind, flatten, initialise, shapes_of
-from scjax.nn.context import Context, ContextToken
+from scjax.nn.context import Context, ContextToken, check_context
 from scjax.nn.work import late_work
 from scjax.parallel import place
 from scjax.train import Checkpoints, init_state
@@ -211,6 +211,18 @@ def test_bad_input_is_told():
     with pytest.raises(ValueError, match="'dose', but batches carry the values .* name it in data.values"):
         value = {k: v for k, v in batch.value.items() if k != "dose"}
         bind(module, state["params"], state["buffers"]).loss(batch.replace(value=value), jax.random.key(0))
+
+
+def test_a_corpus_that_does_not_fit_is_told_before_any_work():
+    """A wrapper's base is asked, too."""
+    config = {"base": {"system": "scgpt", "model": {"context": {k: CONTEXT[k] for k in ("assay", "near")}}}}
+    check_context(config, {"assay": ["a", "b"]}, {"near": 6})
+    with pytest.raises(ConfigError, match=r"data.labels, which are \['asay'\]; did you mean 'asay'"):
+        check_context(config, {"asay": ["a"]}, {"near": 6})
+    with pytest.raises(ConfigError, match=r"assay.size = 3, but 'assay' has 4 categories"):
+        check_context(config, {"assay": list("abcd")}, {"near": 6})
+    with pytest.raises(ConfigError, match=r"near takes 6 numbers of a cell; in the corpus 'near' has 5"):
+        check_context(config, {"assay": ["a"]}, {"near": 5})
 
 
 def test_a_category_beyond_the_table_stops_a_run():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from scjax.config import ConfigError, nearest
+from scjax.config import ConfigError, from_config, nearest
 from scjax.encoding import row_keys
 from scjax.nn.layers import MLP, layer_norm
 from scjax.nn.work import dense
@@ -79,6 +79,47 @@ class ContextToken:
         return self.size if self.kind in ("neighbours", "features", "genes") else 1
 
 
+def tokens_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entries of ``context`` of a model's config, or of that of the model it is built on."""
+    if "base" in config:
+        return tokens_of(config["base"].get("model", {}))
+    return config.get("context", {})
+
+
+def check_context(
+    config: Mapping[str, Any], categories: Mapping[str, Sequence[str]], widths: Mapping[str, int]
+) -> None:
+    """Holds a model's context tokens against the cells of a run, before any work.
+
+    Args:
+      config: of the model.
+      categories: label that batches carry -> its categories.
+      widths: value that batches carry -> how many numbers a cell has.
+
+    Raises:
+      ConfigError: batches do not carry what a token reads, or a token has another size; says which it has.
+    """
+    for name, entry in tokens_of(config).items():
+        token = from_config(ContextToken, entry, where=f"config.model.context.{name}")
+        kind, there = ("labels", categories) if token.kind == "label" else ("values", widths)
+        where = f"config.model.context.{name}"
+        if name not in there:
+            raise ConfigError(
+                f"{where} reads data.{kind}, which are {sorted(there)};{nearest(name, there)} name it there, "
+                "and build the corpus with it"
+            )
+        if token.kind == "label" and len(categories[name]) > token.size:
+            raise ConfigError(
+                f"{where}.size = {token.size}, but {name!r} has {len(categories[name])} categories in the "
+                f"corpus ({', '.join(list(categories[name])[:4])}, ...)"
+            )
+        wanted = token.size * (token.width if token.kind == "neighbours" else 1)
+        if token.kind != "label" and widths[name] != wanted:
+            raise ConfigError(
+                f"{where} takes {wanted} numbers of a cell; in the corpus {name!r} has {widths[name]}"
+            )
+
+
 class Context(nnx.Module):
     """The context tokens of a system: reads them from a batch, and sets them beside its own.
 
@@ -93,8 +134,8 @@ class Context(nnx.Module):
         for name in tokens:
             if not name or "/" in name:
                 raise ConfigError(f"context: {name!r} cannot name a token: it becomes part of a path")
-        self.tokens = tuple(tokens.items())
-        make = {name: _Token(token, d_model, dtype=dtype, rngs=rngs) for name, token in tokens.items()}
+        self.tokens = tuple(sorted(tokens.items()))
+        make = {name: _Token(token, d_model, dtype=dtype, rngs=rngs) for name, token in self.tokens}
         self.token = nnx.Dict(make)
         self.n_tokens = sum(token.n_tokens for token in tokens.values())
 

@@ -13,6 +13,7 @@ from scjax.corpus import Corpus, Mixture, open_corpus
 from scjax.genes import Vocabulary
 from scjax.loader import Loader
 from scjax.models import resolve
+from scjax.nn.context import check_context
 from scjax.nn.module import Abstract
 from scjax.nn.work import late_work
 from scjax.parallel import Layout, accumulate_for, process_shard
@@ -64,6 +65,8 @@ def make_loaders(
     data = config.data
     processes: dict[str, Any] = {"process_index": index, "process_count": count}
     loader = Loader(corpus, vocabulary=vocabulary, seed=config.seed, **data.loader(), **processes)
+    widths = {name: len(panel.features) for name, panel in loader.panels.items()}
+    check_context(config.model, {name: corpus.columns[name] for name in loader.labels}, widths)
     if not any(part.n_cells for part in corpus.split("validation")):
         return loader, None
     validation = Loader(
