@@ -279,10 +279,12 @@ def export_pretrained(model: Model | str | Path, out: str | Path, *, format: str
 
 
 def _tokens(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The context tokens of a model's config, or of that of the model it is built on."""
+    """The context tokens of a model's config, or of that of the model it is built on; the label by which a
+    model normalises is told in the same way."""
     if "base" in config:
         return _tokens(config["base"].get("model", {}))
-    return config.get("context", {})
+    by = {config["batch_label"]: {"kind": "label"}} if config.get("batch_norm") == "domain" else {}
+    return by | config.get("context", {})
 
 
 def _model(model: Model | str | Path) -> Model:
