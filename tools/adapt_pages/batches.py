@@ -82,12 +82,12 @@ def main() -> None:
     ]
     text = (
         f"{adata.n_obs:,} cells, {PER_STUDY:,} of each study ({', '.join(BLOOD)}), on {adata.n_vars:,} "
-        f"shared genes; models read the {N_GENES:,} most variable, are trained from scratch for {args.steps} "
-        f"steps of 64 cells, seed {args.seed} (one: small differences between trained models are not "
-        "to be believed), without labels of types. Scores: `scjax.eval.integration`, 3 samples of 2,000 cells "
-        "with a type, 95 % bootstrap intervals over cells and samples. The axis `bio` (types kept apart) and the axis "
-        "`batch` (studies mixed within types) are not to be summed: noise mixes perfectly. Harmony works on "
-        "the same 50 components, scVI on counts of the same number of variable genes. "
+        f"shared genes; models read the {N_GENES:,} most variable, are trained from scratch for "
+        f"{args.steps} steps of 64 cells, seed {args.seed} (one: small differences between trained models are "
+        "not to be believed), without labels of types. Scores: `scjax.eval.integration`, 3 samples of 2,000 "
+        "cells with a type, 95 % bootstrap intervals over cells and samples. The axis `bio` (types kept "
+        "apart) and the axis `batch` (studies mixed within types) are not to be summed: noise mixes "
+        "perfectly. Harmony works on the same 50 components, scVI on counts of as many variable genes. "
     )
     page(
         args.out / "batches.md",
