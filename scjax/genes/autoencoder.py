@@ -1,8 +1,8 @@
 """Vectors of genes from a graph by a masked graph autoencoder, in JAX: imported when it is asked for.
 
 Part of the edges is hidden, a network over the others says of each pair of genes whether an edge was hidden
-there (Li et al. 2023, MaskGAE, 2205.10053). A gene's input is a random signature and not learned: all that
-can be learned is how to read neighbourhoods, so that a hidden edge cannot be known by heart.
+there (Li et al. 2023, MaskGAE, 2205.10053). A gene's input is a random signature and not learned: what can
+be learned is how to read neighbourhoods, though of a small graph also, in part, its edges by heart.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def masked_autoencoder(
 
     Returns:
       float32 [n, dim] with all edges visible, of root mean square 1; and the mean AUROC of hidden edges
-      against drawn pairs over the last tenth of the steps.
+      against drawn pairs over the last tenth of the steps: of training.
 
     Raises:
       ValueError: fewer than 10 edges or more than 65,000 genes, or settings out of range.
