@@ -303,6 +303,8 @@ def perturb(config: PerturbConfig, workdir: str, preemption: Preemption) -> bool
                 perturbation_key=told.perturbation,
                 train=split,
                 kind=told.kind,
+                gene_embeddings=None if features is None else {"features": features},
+                baselines=() if features is None else ("features",),
                 n_boot=200,
                 dataset=str(config.data.corpus),
             )
