@@ -18,16 +18,18 @@ import signal
 import sys
 
 import numpy as np
+import pandas as pd
 from synthetic import synthetic_adata
 
 from scjax.corpus import append_corpus, build_corpus, fragments, plan, shards, tasks
 
 TINY = {"part_cells": 40, "inner": 64, "shard": 256, "progress": False}
+VALUES = ["dose", "protein"]
 
 
 def call(what: str, out: pathlib.Path, files: list[pathlib.Path]) -> None:
     if what == "build":
-        build_corpus(files, out, validation=0.2, drop_duplicates=True, **TINY)
+        build_corpus(files, out, validation=0.2, drop_duplicates=True, values=VALUES, **TINY)
     else:
         append_corpus(out, files[1:], progress=False)
 
@@ -132,10 +134,13 @@ def main() -> None:
         rows[7] = 3  # a duplicate
         adata = adata[rows].copy()
         adata.obs_names_make_unique()
+        adata.obs["dose"] = np.arange(50) / 7
+        panel = np.random.default_rng(seed).random((50, 3))
+        adata.obsm["protein"] = pd.DataFrame(panel, adata.obs_names, ["CD3", "CD4", f"CD{seed + 19}"])
         adata.write_h5ad(file)
     start = folder / "start"
     if what == "append":
-        status = forked(lambda: build_corpus(files[:1], start, validation=0.2, drop_duplicates=True, **TINY))
+        status = forked(call, "build", start, files[:1])
         assert status == 0
     clean = folder / "clean"
 

@@ -38,12 +38,15 @@ def files(tmp_path_factory) -> list[pathlib.Path]:
     for name, n_genes, layout in (("a", 40, "csr"), ("b", 50, "csc"), ("c", 45, "dense")):
         adata = synthetic_adata(90, n_genes, seed=len(paths))
         adata.X = {"csr": adata.X, "csc": adata.X.tocsc(), "dense": adata.X.toarray()}[layout]
+        adata.obs["dose"] = np.arange(90) / 7
+        adata.obsm["panel"] = np.random.default_rng(n_genes).random((90, 3), np.float32)
         paths.append(folder / f"{name}.h5ad")
         adata.write_h5ad(paths[-1])
     return paths
 
 
 OPTIONS = {"validation": 0.2, "split_by": "donor", "drop_duplicates": True, "seed": 5} | TINY
+OPTIONS["values"] = ["dose", "panel"]
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +287,12 @@ def test_damaged_work_is_found(files, tmp_path):
     options = OPTIONS | {"drop_duplicates": False}
     for share in range(2):
         build_corpus(files, out, **options, task=(share, 2))
+    panel = next(out.glob(".build/*/map-*/values-1"))
+    kept = panel.read_bytes()
+    panel.write_bytes(bytes([kept[0] ^ 1]) + kept[1:])
+    with pytest.raises(OSError, match=r"map-0000\d\d: values-1 have changed since they were written; remove"):
+        build_corpus(files, out, **options)
+    panel.write_bytes(kept)
     genes = next(out.glob(".build/*/map-*/genes"))
     content = bytearray(genes.read_bytes())
     content[len(content) // 2] ^= 1

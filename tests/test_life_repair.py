@@ -28,6 +28,10 @@ def write(folder: pathlib.Path, **sizes: int) -> list[pathlib.Path]:
     folder.mkdir(exist_ok=True)
     for seed, (name, n_cells) in enumerate(sizes.items()):
         cells = synthetic_adata(n_cells, 40 + seed, seed=seed)
+        cells.obs["dose"], cells.obsm["panel"] = (
+            np.arange(n_cells) / 7,
+            np.arange(3.0 * n_cells).reshape(-1, 3),
+        )
         if seed == len(sizes) - 1:
             cells = ad.concat([cells, cells[: n_cells // 2]], merge="same", index_unique="-")
             cells.obs["donor"] = [f"{name}{i % 5}" for i in range(cells.n_obs)]
@@ -36,7 +40,7 @@ def write(folder: pathlib.Path, **sizes: int) -> list[pathlib.Path]:
 
 
 OPTIONS = {
-    "shuffled": {"validation": 0.2, "seed": 5},
+    "shuffled": {"validation": 0.2, "seed": 5, "values": ["dose", "panel"]},
     "as stored": {"shuffle": False, "labels": ["cell_type"]},
     "by donor, no duplicates": {"validation": 0.3, "split_by": "donor", "drop_duplicates": True},
 }

@@ -5,6 +5,7 @@ from scjax.corpus.build import build_corpus
 from scjax.corpus.corpus import Corpus, Part
 from scjax.corpus.counts import CountsError, validate_counts
 from scjax.corpus.hashes import write_hashes
+from scjax.corpus.joining import join_modalities
 from scjax.corpus.mixture import Mixture, open_corpus
 from scjax.corpus.remote import Patience
 from scjax.corpus.sources import Source, list_sources, open_source
@@ -22,6 +23,7 @@ __all__ = [
     "StoreError",
     "append_corpus",
     "build_corpus",
+    "join_modalities",
     "list_sources",
     "open_corpus",
     "open_source",

@@ -254,7 +254,7 @@ class Mixture:
                 shape=(len(genes), len(self.vocabulary)),
             )
             piece.obs[COLUMN] = name
-            piece.obs.index = pd.Index([f"{name}/{cell}" for cell in piece.obs_names])
+            piece.obs_names = [f"{name}/{cell}" for cell in piece.obs_names]
             pieces.append((sparse.csr_matrix(piece.X) @ place, piece))
             at.append(mine)
         order = np.argsort(np.concatenate(at), kind="stable")
