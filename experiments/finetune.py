@@ -26,7 +26,6 @@ import scjax
 from scjax.config import from_config
 from scjax.finetune import (
     FinetuneConfig,
-    FinetunedConfig,
     Reader,
     Stopping,
     calibrate,
@@ -39,7 +38,7 @@ from scjax.finetune import (
 )
 from scjax.launch.capture import capture
 from scjax.launch.codes import REQUEUE
-from scjax.models import build
+from scjax.models import build, resolve
 from scjax.parallel import Prefetch, barrier, distributed_start, layout_for, together
 from scjax.train import (
     Checkpoints,
@@ -82,7 +81,7 @@ def finetune(config: FinetuneConfig, workdir: str, preemption: Preemption) -> bo
     # -------------------------------------------------------------------------- cells and model
     corpus = open_data(config.data, workdir)
     begin = scjax.load(config.start)
-    wanted = from_config(FinetunedConfig, config.model, where="config.model")
+    wanted = from_config(resolve(config.system)[1], config.model, where="config.model")
     sources = {task.source or name for name, task in wanted.tasks.items() if task.categorical}
     drawn = frequencies(corpus, sorted(sources & set(corpus.columns)), config.data.weights)
     tasks = complete(wanted.tasks, corpus.columns, getattr(corpus, "values", {}), drawn)

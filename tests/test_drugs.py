@@ -147,7 +147,7 @@ def test_the_step_is_the_same_on_one_device_and_two(planted):
 
 
 def test_classes_and_learned_drugs(planted):
-    """Sensitive or resistant, drugs by name: what lines each acts on is learned, not only how often it does."""
+    """Sensitive or resistant, drugs by name: which lines each acts on is learned, not only how often."""
     pairs, _, _, cells = planted
     cells = cells.copy()
     cells.obs["response"] = np.where(cells.obs["response"] > 0, "resistant", "sensitive")

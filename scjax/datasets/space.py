@@ -66,7 +66,7 @@ def neighbour_features(
                 f"section {name!r} has {n} cells, too few for {k} neighbours of each: lower k, or drop it"
             )
     if features is None:
-        told = _log_components(adata, components, _training_rows(section, names, train), layer)
+        told = log_components(adata, components, _training_rows(section, names, train), layer)
     elif features in adata.obsm:
         told = np.asarray(adata.obsm[features], np.float32)
         if told.ndim != 2 or told.shape[1] < components or not np.isfinite(told).all():
@@ -201,16 +201,17 @@ def _training_rows(section: np.ndarray, names: list[str], train: Sequence[str] |
     return np.flatnonzero(np.isin(section, [names.index(str(name)) for name in train]))
 
 
-def _log_components(adata: ad.AnnData, components: int, train: np.ndarray, layer: str | None) -> np.ndarray:
+def log_components(
+    adata: ad.AnnData, components: int, train: np.ndarray, layer: str | None = None
+) -> np.ndarray:
     """float32 [n, components]: principal components of log counts per 10,000 fitted on the rows ``train``,
     in units of the spread of the first."""
     if layer is not None and layer not in adata.layers:
         raise KeyError(f"no layer {layer!r}; there are {list(adata.layers)}")
     counts = sparse.csr_matrix(adata.X if layer is None else adata.layers[layer], dtype=np.float32)
     if components > (most := min(len(train), counts.shape[1]) - 1):
-        raise ValueError(
-            f"{components} components of {len(train)} cells x {counts.shape[1]} genes; {most} at most"
-        )
+        size = f"{len(train)} cells x {counts.shape[1]} genes"
+        raise ValueError(f"{components} components of {size}: there are {most} at most")
     depth = np.maximum(np.asarray(counts.sum(1)).ravel(), 1)
     values = (sparse.diags(1e4 / depth) @ counts).log1p().tocsr()
     pca = PCA(components, svd_solver="arpack", random_state=0).fit(values[train])

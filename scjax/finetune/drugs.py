@@ -11,6 +11,7 @@ Most of a table of responses is which drug it is: :func:`baselines` says what th
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import anndata as ad
@@ -21,7 +22,6 @@ from flax import nnx
 from jax import Array
 from scipy import sparse
 from sklearn.decomposition import PCA
-from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GroupKFold
 
 from scjax.config import ConfigError, nearest
@@ -245,8 +245,9 @@ def baselines(
 
     "mean"; "drug mean" and "sample mean" (the mean where there is none); "additive", the two effects
     together, by ridge regression; "ridge", on principal components of profiles and fingerprints; "ridge with
-    products" of the two, which can say that a drug acts on a kind of sample. Without fingerprints each drug
-    is one of its own. Penalties are chosen in folds that hold out what ``unseen`` says.
+    products" of the two, which can say that a drug acts on a kind of sample. Where drugs were seen, each has
+    a level of its own in these, too; without fingerprints that is all there is. Penalties are chosen in folds
+    that hold out what ``unseen`` says.
 
     Args:
       pairs: numeric responses, see :func:`pair_cells`.
@@ -267,20 +268,42 @@ def baselines(
     known = np.unique(sample[train])
     pca = PCA(min(COMPONENTS, len(known) - 1), random_state=0).fit(lines.loc[known].to_numpy())
     P = pd.DataFrame(pca.transform(lines.to_numpy()), index=lines.index).loc[sample].to_numpy()
-    F = effects[:, -len(np.unique(drug)) :]
+    of_drug = effects[:, -len(np.unique(drug)) :]
+    F = of_drug
     if fingerprints is not None:
         F = fingerprints.set_axis(fingerprints.index.astype(str)).loc[drug].to_numpy(float)
-    P, F = (_standard(X, train) for X in (P, F))
+    P, F, of_drug = (_standard(X, train) for X in (P, F, of_drug))
+    # a drug that was seen has a level of its own, whatever its fingerprint
+    linear = [P, F, of_drug] if unseen == "sample" and fingerprints is not None else [P, F]
     products = (P[:, :, None] * F[:, None, :]).reshape(len(y), -1)
     group = drug if unseen == "drug" else sample
-    inner = list(GroupKFold(min(5, len(np.unique(group[train])))).split(train, groups=group[train]))
-    for name, X, cv in (
-        ("additive", effects, None),
-        ("ridge", np.column_stack([P, F]), inner),
-        ("ridge with products", np.column_stack([P, F, products]), inner),
+    inner = list(GroupKFold(min(3, len(np.unique(group[train])))).split(train, groups=group[train]))
+    for name, X in (
+        ("additive", effects),
+        ("ridge", np.column_stack(linear)),
+        ("ridge with products", np.column_stack([*linear, products])),
     ):
-        out[name] = RidgeCV(PENALTIES, cv=cv).fit(X[train], y[train]).predict(X[test])
+        out[name] = _ridge(X[train], y[train], inner)(X[test])
     return out
+
+
+def _ridge(X: np.ndarray, y: np.ndarray, folds: list[Any]) -> Callable[[np.ndarray], np.ndarray]:
+    """Ridge regression, under the penalty that is best in the folds."""
+
+    def path(X: np.ndarray, y: np.ndarray) -> Callable[[float, np.ndarray], np.ndarray]:
+        centre, level = X.mean(0), y.mean()
+        values, vectors = np.linalg.eigh((X - centre).T @ (X - centre))
+        inside = vectors.T @ ((X - centre).T @ (y - level))
+        return lambda alpha, new: (
+            (new - centre) @ (vectors @ (inside / (np.maximum(values, 0) + alpha))) + level
+        )
+
+    error = np.zeros(len(PENALTIES))
+    for fit, check in folds:
+        fitted = path(X[fit], y[fit])
+        error += [((fitted(alpha, X[check]) - y[check]) ** 2).sum() for alpha in PENALTIES]
+    whole, best = path(X, y), float(PENALTIES[error.argmin()])
+    return lambda new: whole(best, new)
 
 
 def _standard(X: np.ndarray, train: np.ndarray) -> np.ndarray:
