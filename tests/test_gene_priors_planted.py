@@ -57,7 +57,7 @@ def in_order(network, vectors):
 
 @functools.cache
 def tissue():
-    """Training batches without the unseen genes, and test batches: genes of a module go up and down together."""
+    """Training batches without the unseen genes, and test batches; genes of a module go together."""
     rng = np.random.default_rng(1)
     activity = rng.normal(size=(512 + 96, MODULES))
     counts = rng.poisson(np.exp(2.5 + activity[:, MODULE] + 0.3 * rng.normal(size=N)))

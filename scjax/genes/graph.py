@@ -109,7 +109,7 @@ def read_graph(
     if len(bad):
         given = table[column].iloc[bad[0]]
         raise ValueError(
-            f"{path}, line {bad[0] + 2}: {column} is {given!r}; weights are positive numbers "
+            f"{path}, line {bad[0] + 2}: {column} is {given}; weights are positive numbers "
             f"({len(bad):,} lines have none)"
         )
     pairs = table[list(ends)].astype(str).to_numpy()
