@@ -11,20 +11,27 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 from flax import nnx
 from jax import Array
 
 from scjax.config import INF, ConfigError, nearest, within
 from scjax.encoding import gene_uniform, row_keys, to_all_genes
+from scjax.loader import cells
 from scjax.models.count_decoder import CountDecoder, Modality, log_ratio
 from scjax.models.wrapper import Wrapper
 from scjax.nn.layers import MLP, layer_norm
+from scjax.nn.module import bind
 from scjax.types import CellBatch
+
+if TYPE_CHECKING:
+    import anndata as ad
 
 RNA = "rna"
 
@@ -233,3 +240,165 @@ def _blank(row: np.ndarray, slots: int = 8) -> CellBatch:
         value={},
         weight=np.ones(n, np.float32),
     )
+
+
+# ------------------------------------------------------------------------- AnnData in, obsm out
+def embed(adata: ad.AnnData, model: Any, *, key_added: str = "X_scjax", **options: Any) -> None:
+    """The joint embedding of cells, ``adata.obsm[key_added]``; arguments as those of :func:`predict`."""
+    adata.obsm[key_added] = _read(adata, model, lambda module, batch: module.embed(batch), **options)
+
+
+def predict(
+    adata: ad.AnnData, model: Any, name: str, *, key_added: str | None = None, **options: Any
+) -> None:
+    """Foretells a modality from the others: ``adata.obsm[key_added]``, a table of cells x features.
+
+    Expected counts in a cell of the depth that was typical in training, or probabilities ("bernoulli").
+
+    Args:
+      adata: cells; RNA are the raw counts of X, other modalities are tables in obsm by their names in the
+        model. What is foretold is not read, and need not be there.
+      model: what ``scjax.load`` returns for a run of :class:`Multimodal`.
+      name: of a modality, or "rna".
+      key_added: None for "scjax_" and the name.
+      **options: ``sources``, names of what is read ("rna" and modalities), None for all that adata has;
+        ``batch_size``; ``layer`` of the RNA.
+
+    Raises:
+      ValueError: not such a model, or no such modality; nothing to foretell from; features that the model
+        does not know, or values that are no counts. Says which, and where.
+    """
+    known = [*_module(model).decoder]
+    if name not in known:
+        raise ValueError(f"the model foretells {known}, not {name!r};{nearest(name, known)}")
+    sources = options.pop("sources", None)
+    if sources is None:
+        sources = [source for source in _sources(adata, model) if source != name]
+    if name in sources:
+        raise ValueError(f"{name!r} is to be foretold and is among the sources {list(sources)}")
+    found = _read(adata, model, lambda module, batch: module.predict(batch)[name], sources=sources, **options)
+    features = model.vocabulary.symbols if name == RNA else _features(model, name)
+    adata.obsm[key_added or f"scjax_{name}"] = pd.DataFrame(found, adata.obs_names, list(features))
+
+
+def attach(adata: ad.AnnData, table: ad.AnnData | pd.DataFrame, name: str) -> None:
+    """Sets the counts of a further modality beside RNA, ``adata.obsm[name]``: joined by the names of cells.
+
+    Args:
+      adata: cells with RNA.
+      table: cells x features, an AnnData or a DataFrame; cells that it has not get NaN, those that adata has
+        not are left out.
+      name: of the modality.
+
+    Raises:
+      ValueError: the two share no cell (shows names of both), a cell is there twice, or a value is no count.
+    """
+    if not isinstance(table, pd.DataFrame):
+        table = table.to_df()
+    for what, names in (("adata", adata.obs_names), (name, table.index)):
+        if not names.is_unique:
+            twice = names[names.duplicated()][0]
+            raise ValueError(
+                f"{what}: cell {twice!r} is there more than once: names of cells join modalities"
+            )
+    if not table.index.isin(adata.obs_names).any():
+        raise ValueError(
+            f"no cell of {name!r} is in adata: cells are called {list(table.index[:3])} there and "
+            f"{list(adata.obs_names[:3])} here; the names must be the same"
+        )
+    table = table.reindex(adata.obs_names).astype(np.float32)
+    _check_counts(table, name)
+    adata.obsm[name] = table
+
+
+def _module(model: Any) -> Multimodal:
+    if not isinstance(model.module, Multimodal):
+        raise ValueError(f"{model.path} is a run of {model.system}, which has no modalities beside RNA")
+    return model.module
+
+
+def _features(model: Any, name: str) -> Sequence[str]:
+    """Names of a modality's features; their numbers where the run does not tell."""
+    size = _module(model).config.modalities[name].size
+    return model.categories.get(name) or [str(i) for i in range(size)]
+
+
+def _sources(adata: ad.AnnData, model: Any) -> list[str]:
+    return [RNA, *(name for name in _module(model).config.modalities if name in adata.obsm)]
+
+
+def _read(
+    adata: ad.AnnData,
+    model: Any,
+    function: Callable[[Any, CellBatch], Array],
+    *,
+    sources: Sequence[str] | None = None,
+    batch_size: int = 64,
+    layer: str | None = None,
+) -> np.ndarray:
+    """float32 [n_obs, ...]: ``function`` of the model and each batch of what the sources hold."""
+    sources = _sources(adata, model) if sources is None else list(sources)
+    known = [RNA, *_module(model).config.modalities]
+    for source in sources:
+        if source not in known or (source != RNA and source not in adata.obsm):
+            raise ValueError(
+                f"{source!r} is not to be read: the model knows {known}, obsm has {sorted(adata.obsm)}"
+            )
+    if not sources:
+        raise ValueError(f"nothing to read: adata.obsm has {sorted(adata.obsm)}, the model knows {known}")
+    tables = {name: _table(adata, name, _features(model, name)) for name in sources if name != RNA}
+    if RNA in sources:
+        batches: Iterable[CellBatch] = cells(
+            adata, model.vocabulary, batch_size, layer=layer, duplicates="sum"
+        )
+    else:
+        batches = (_blank(np.arange(batch_size, dtype=np.uint32)) for _ in range(0, adata.n_obs, batch_size))
+
+    @jax.jit
+    def run(params: Any, buffers: Any, batch: CellBatch) -> Array:
+        module = bind(model.abstract, params, buffers)
+        module.eval()
+        return function(module, batch)
+
+    out = []
+    for i, batch in enumerate(batches):
+        rows = slice(i * batch_size, (i + 1) * batch_size)
+        value = {name: np.full((batch_size, table.shape[1]), np.nan, "f4") for name, table in tables.items()}
+        for name, table in tables.items():
+            value[name][: len(table[rows])] = table[rows]
+        out.append(np.asarray(run(model.params, model.buffers, batch.replace(value=value))))
+    if not out:
+        raise ValueError("the AnnData has no cells")
+    return np.concatenate(out)[: adata.n_obs]
+
+
+def _table(adata: ad.AnnData, name: str, features: Sequence[str]) -> np.ndarray:
+    """float32 [n_obs, features] of obsm, in the model's order; NaN for features that adata has not."""
+    found = adata.obsm[name]
+    if not isinstance(found, pd.DataFrame):
+        found = np.asarray(found.toarray() if hasattr(found, "toarray") else found)
+        if found.shape[1] != len(features):
+            raise ValueError(
+                f"obsm[{name!r}] has {found.shape[1]} columns without names, the model {len(features)}; a "
+                "DataFrame may have any of them, by name"
+            )
+        found = pd.DataFrame(found, adata.obs_names, list(features))
+    strange = [feature for feature in found.columns if feature not in features]
+    if strange:
+        raise ValueError(
+            f"obsm[{name!r}] has {len(strange)} features that the model does not know, as {strange[0]!r};"
+            f"{nearest(str(strange[0]), features)} Rename them, or leave them out of the table"
+        )
+    _check_counts(found, name)
+    return found.reindex(columns=list(features)).to_numpy(np.float32)
+
+
+def _check_counts(table: pd.DataFrame, name: str) -> None:
+    values = table.to_numpy(np.float64)
+    wrong = np.argwhere(~np.isnan(values) & ((values < 0) | (values != np.round(values))))
+    if len(wrong):
+        row, column = wrong[0]
+        raise ValueError(
+            f"{name}: cell {table.index[row]!r} has {values[row, column]:g} for {table.columns[column]!r}, "
+            f"and {len(wrong) - 1} more are no counts; those are whole numbers from 0, NaN is not measured"
+        )
