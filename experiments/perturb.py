@@ -32,7 +32,7 @@ from scjax.eval.perturbation_data import perturbation_split
 from scjax.genes import Vocabulary
 from scjax.launch.capture import capture
 from scjax.launch.codes import REQUEUE
-from scjax.loader.conditions import Conditions, Kind
+from scjax.loader.conditions import UNPERTURBED, Conditions, Kind
 from scjax.loader.order import permutation
 from scjax.loader.sets import PerturbedCells, Sets, predict_cells
 from scjax.models import build
@@ -81,6 +81,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory: new, or that of a run to resume.")
 flags.mark_flags_as_required(["config", "workdir"])
+READ = ("targets", "features", "dose", "perturbation")  # of a condition; other names are columns of obs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,6 @@ class Told:
       tokens, shift: what is told to the base, and to the decoder: "targets", "features", "dose",
         "perturbation", or a column of obs, of the control cells.
       targets: perturbed genes of a condition, at most.
-      dropout: of each token in training.
       set_size: cells of a set.
       max_cells: predicted cells of a condition, at most.
     """
@@ -151,6 +151,24 @@ def read_cells(config: PerturbConfig) -> tuple[ad.AnnData, str, pd.DataFrame | N
     return cells, split, features
 
 
+def conditions_of(
+    config: PerturbConfig, cells: ad.AnnData, features: pd.DataFrame | None, vocabulary: Vocabulary | None
+) -> Conditions:
+    """How conditions are told; a model from scratch has the perturbed genes in its vocabulary, measured or
+    not."""
+    told = config.told
+    if vocabulary is None:
+        studies: list[Any] = [cells]
+        if told.kind == "genetic" and told.perturbation in cells.obs:
+            names = [str(name) for name in cells.obs[told.perturbation].dropna().unique()]
+            genes = {part.strip() for name in names for part in name.split("+")}
+            studies.append(sorted(genes - {told.control, *UNPERTURBED}))
+        vocabulary = Vocabulary.from_anndata(studies)
+    return Conditions(
+        *(vocabulary, told.control, told.kind, (), told.targets, features), dosed=told.dose is not None
+    )
+
+
 def model_of(config: PerturbConfig, base: dict[str, Any], cells: PerturbedCells) -> dict[str, Any]:
     """The fields of the model, with the sizes that the cells and their conditions have."""
     told, features = config.told, cells.conditions.features
@@ -178,18 +196,11 @@ def perturb(config: PerturbConfig, workdir: str, preemption: Preemption) -> bool
     # ---------------------------------------------------------------------- cells and conditions
     adata, split, features = read_cells(config)
     begin = scjax.load(config.start) if config.start else None
-    conditions = Conditions(Vocabulary(["none"]), told.control, told.kind, (), told.targets, features)
-    conditions = dataclasses.replace(conditions, dosed=told.dose is not None)
-    names = {str(n) for n in adata.obs[told.perturbation].dropna()} if told.perturbation in adata.obs else ()
-    perturbed = sorted({part for name in names for part in conditions.parts(name)})
-    genes = [adata, *([perturbed] if told.kind == "genetic" else [])]
-    vocabulary = begin.vocabulary if begin else Vocabulary.from_anndata(genes)
-    conditions = dataclasses.replace(conditions, vocabulary=vocabulary)
-    labels = [n for n in {**dict.fromkeys(told.tokens), **dict.fromkeys(told.shift)} if n in adata.obs]
+    conditions = conditions_of(config, adata, features, begin.vocabulary if begin else None)
+    vocabulary = conditions.vocabulary
+    labels = sorted({*told.tokens, *told.shift} - set(READ))
     columns = {"perturbation_key": told.perturbation, "context_key": told.context, "dose_key": told.dose}
-    whole = PerturbedCells(
-        adata, conditions, labels=[n for n in labels if n not in ("perturbation", "dose")], **columns
-    )
+    whole = PerturbedCells(adata, conditions, labels=labels, **columns)
     cells = whole.training(adata.obs[split].to_numpy(bool))
     asked = sorted(set(whole.groups) - set(cells.groups))
     learned = sorted(cells.groups)
@@ -204,8 +215,9 @@ def perturb(config: PerturbConfig, workdir: str, preemption: Preemption) -> bool
     mesh = layout.mesh
     index, count = process_shard(mesh)
     wanted = from_config(PerturbationConfig, fields).wanted
-    options: dict[str, Any] = {"wanted": [n for n in wanted if n not in cells.labels]}
-    shared = {**options, "process_index": index, "process_count": count}
+    for name, dose, _ in asked:  # before any training
+        cells.conditions.read(name, dose, wanted=wanted)
+    shared: dict[str, Any] = {"wanted": wanted, "process_index": index, "process_count": count}
     loader = Sets(
         *(cells, config.data.batch_size, told.set_size),
         conditions=[c for c in learned if c not in kept],
@@ -215,10 +227,6 @@ def perturb(config: PerturbConfig, workdir: str, preemption: Preemption) -> bool
     validation = None
     if kept:
         validation = Sets(cells, config.data.batch_size, told.set_size, conditions=kept, **shared)
-    for name, dose, _ in asked:  # before any training
-        conditions.read(name, dose, wanted=[n for n in options["wanted"] if n != "perturbation"])
-        if "perturbation" in wanted:
-            cells.conditions.read(name, dose, wanted=["perturbation"])
 
     # ------------------------------------------------------------------------- the run directory
     tables = gene_tables(config.system, fields, config.tables, model, vocabulary, None) if not begin else None
@@ -293,7 +301,7 @@ def perturb(config: PerturbConfig, workdir: str, preemption: Preemption) -> bool
     if not leaving and asked:
         one = predictor(model, abstract, layout, state)
         sizes = {"batch_size": config.data.batch_size, "set_size": told.set_size}
-        predicted = predict_cells(one, cells, asked, **sizes, **options, max_cells=told.max_cells)
+        predicted = predict_cells(one, cells, asked, **sizes, wanted=wanted, max_cells=told.max_cells)
         if process == 0:
             predicted.write_h5ad(run.path / "predictions.h5ad")
             keys = {"context_key": told.context, "dose_key": told.dose, "control": told.control}
