@@ -8,9 +8,9 @@
     python experiments/finetune.py --config=configs/drugs.py:smoke --workdir=runs/drugs/smoke
 
 The tool pairs profiles with a table of responses; whole samples are validation pairs (``--unseen drug``:
-drugs). The base is frozen; ``--config.model.train=lora`` or ``all`` trains it, too. The argument "named" tells
-a drug by a learned vector in place of a fingerprint. For sensitive or resistant, task kind "classes", and
-"response" among ``data.labels`` in place of the values. Most of a table of responses is which drug it is:
+drugs). The base is frozen; ``--config.model.train=lora`` or ``all`` trains it, too. The argument "named"
+tells a drug by a learned vector in place of a fingerprint. For sensitive or resistant: task kind "classes",
+and "response" among ``data.labels`` in place of the values. Most of a table of responses is which drug it is:
 ``scjax.finetune.drugs.baselines`` says how much, and benchmarks/adapt/drug_response.md what came of it here.
 
 ``:smoke`` is about a minute on two CPU cores: planted responses of sums of shipped cells, on the quickstart's
