@@ -70,7 +70,9 @@ def test_what_is_not_there(root):
     for first, last in ((-1, 3), (4, 3), (0, N + 1)):
         with pytest.raises(IndexError, match=rf"part p: rows \[{first}, {last}\) are outside a part of {N}"):
             index.read("nnz", first, last)
-    with pytest.raises(KeyError, match="no column 'depth'; there are nnz, total, content and codes/<label>"):
+    with pytest.raises(
+        KeyError, match="no column 'depth'; there are nnz, total, content, codes/<label> and values/<name>"
+    ):
         index.read("depth", 0, 1)
 
 
