@@ -102,7 +102,7 @@ def test_a_batch_holds_what_its_cells_hold():
 
 
 def test_every_condition_comes_once_a_round_and_training_cells_alone():
-    train = (CELLS.obs["perturbation"] != "T2").to_numpy()
+    train = CELLS.obs["perturbation"].to_numpy() != "T2"
     train[np.flatnonzero(CELLS.obs["perturbation"] == "control")[::2]] = False
     cells = experiment().training(train)
     assert "T2" not in cells.conditions.seen and len(cells.conditions.seen) == 8

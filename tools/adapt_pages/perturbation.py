@@ -175,15 +175,15 @@ def main() -> None:
     own = ", ".join(f"{key} {value}" for key, value in MODEL.items())
     begins = "the shared pretrained scGPT" if start else f"a scGPT of its own from random weights ({own})"
     sections[""] = (
-        f"Each model is {begins} with the affine decoder of scjax.models.perturbation: {args.steps} steps of "
-        "4 sets of 16 cells, on the error of the mean and a tenth of the energy distance; one seed. It reads "
-        "the control cells and is told perturbed genes by a vector of each and by their loadings on 20 "
-        "components of other blood cells (few of them are measured, and some not expressed there), a drug or "
-        "stimulus by a learned vector. (The vector of each gene was added after a first run had been scored, "
-        "in which genes that blood does not express looked alike.) What is held out, and half of the control "
-        "cells, it never saw. The rest is of scjax.eval: linear(features) is a ridge regression on the same table of genes, "
-        "linear(pca) on components of the effects; half_split, half of the real cells against the other, is "
-        "what can be reached. Of RMSE and energy distance lower is better."
+        f"Each model is {begins} with the affine decoder of scjax.models.perturbation: {args.steps} steps "
+        "of 4 sets of 16 cells, on the error of the mean and a tenth of the energy distance; one seed. "
+        "It reads the control cells and is told perturbed genes by a vector of each and by their "
+        "loadings on 20 components of other blood cells (few of them are measured, and some not "
+        "expressed there), a drug or stimulus by a learned vector. (The vector of each gene was added "
+        "after a first run had been scored, in which genes that blood does not express looked alike.) "
+        "What is held out, and half of the control cells, it never saw. The rest is of scjax.eval: "
+        "linear(features) is a ridge regression on the same table of genes; half_split, half of the real "
+        "cells against the other, is what can be reached. Of RMSE and energy distance lower is better."
     )
     for name, title, cells, told in experiments(args.data):
         results = run(name, cells, told, args, start)
