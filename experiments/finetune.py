@@ -31,6 +31,7 @@ from scjax.finetune import (
     calibrate,
     complete,
     frequencies,
+    gene_targets,
     make_finetune_optimizer,
     optimizer_bytes,
     put,
@@ -65,6 +66,7 @@ from scjax.train import (
     start_from,
 )
 from scjax.train.run import write_text
+from scjax.train.tables import hash_of
 
 _CONFIG = config_flags.DEFINE_config_file(
     *("config", None, "The config file, FILE.py or FILE.py:ARG."),
@@ -89,6 +91,7 @@ def finetune(config: FinetuneConfig, workdir: str, preemption: Preemption) -> bo
     about_model = dataclasses.asdict(dataclasses.replace(wanted, base=base, tasks=tasks))
     config = dataclasses.replace(config, model=about_model)
     model = build(config.system, about_model, len(begin.vocabulary), config.seed)
+    targets = gene_targets(tasks, config.tables, begin.vocabulary)  # of tasks at the level of genes
 
     # ------------------------------------------------------------------------- devices and data
     layout = layout_for(config.mesh, count_parameters(model))
@@ -103,6 +106,9 @@ def finetune(config: FinetuneConfig, workdir: str, preemption: Preemption) -> bo
     origin = {"corpus": corpus.manifest_id, "manifests": manifests_of(corpus)}
     origin["categories"] = {name: corpus.columns[name] for name in loader.labels}
     origin["start"] = {"source": config.start, "sha256": start.sha256}
+    if targets:
+        of = {name: source for name, source in config.tables.items() if source}
+        origin["tables"] = {"targets": {"source": str(of), "sha256": hash_of(targets)}}
     about = describe(config.system, about_model, begin.vocabulary, seed=config.seed, **origin)
     run = open_run(workdir, about, begin.vocabulary)
     keep_compiled(run.path / "compiled" if config.train.compile_cache is None else config.train.compile_cache)
@@ -122,7 +128,7 @@ def finetune(config: FinetuneConfig, workdir: str, preemption: Preemption) -> bo
     checkpoints = Checkpoints(run.checkpoints, identity(about), keep=config.train.keep)
     restored = checkpoints.restore(abstract)
     if restored is None:
-        step, state = 0, init_state(model, tx, abstract, start.values)
+        step, state = 0, init_state(model, tx, abstract, start.values | targets)
         state = put(state, reader.scales(state, loader))
     else:
         step, state = restored.step, restored.state

@@ -2,6 +2,7 @@
 
 from scjax.finetune.calibration import Rule, fit_temperature, judge, reliability, unassigned_rule
 from scjax.finetune.fit import FitConfig, base_of, fit, predict
+from scjax.finetune.genes import gene_targets, read_targets
 from scjax.finetune.lora import LoRA, merge
 from scjax.finetune.model import Finetuned, FinetunedConfig
 from scjax.finetune.rates import layer_rates, make_finetune_optimizer, optimizer_bytes
@@ -36,6 +37,7 @@ __all__ = [
     "fit",
     "fit_temperature",
     "frequencies",
+    "gene_targets",
     "judge",
     "layer_rates",
     "make_finetune_optimizer",
@@ -43,6 +45,7 @@ __all__ = [
     "optimizer_bytes",
     "predict",
     "put",
+    "read_targets",
     "reliability",
     "unassigned_rule",
     "validation_error",

@@ -1,0 +1,108 @@
+"""A small scGPT whose gene vectors begin with what is known of genes: tables of graphs and texts, mixed.
+
+    scjax genes graph INTERACTIONS.tsv --out runs/priors/graph.npz
+    scjax genes text DESCRIPTIONS.tsv --out runs/priors/text.npz
+    python experiments/pretrain.py --config=configs/priors.py --config.data.corpus=CORPUS \\
+        --workdir=runs/priors/run
+    python experiments/pretrain.py --config=configs/priors.py:smoke --workdir=runs/priors-smoke
+
+Each gene's vector is a weighted mean of its learned one and of the tables that know it, under a learned
+linear map each; the weights are learned, too (``gene/weight``), and a gene in no table has its learned vector
+alone. A table of a protein language model goes in the same way: another entry of ``gene_table.mix`` with the
+width of its vectors, and its file in ``tables``. What a table is worth shows beside the same run with its
+edges shuffled (``scjax genes graph --shuffle``); ``benchmarks/adapt/gene_priors.md`` shows it on blood.
+
+``:smoke`` is the quickstart's model for 300 steps on the cells that ship with the package. Its two tables are
+made here, of one graph of co-expression in those cells: eigenvectors, and a masked graph autoencoder.
+"""
+
+import os
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+SMOKE = Path("runs/pbmc/priors")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    if arg not in ("", "smoke"):
+        raise ValueError(f'configs/priors.py takes no argument or "smoke", not {arg!r}')
+    config = ConfigDict()
+    config.system = "scgpt"
+    config.seed = 0
+    config.model = ConfigDict(
+        {
+            "d_model": 256,
+            "n_heads": 8,
+            "n_layers": 6,
+            "d_ff": 512,
+            "dropout": 0.1,
+            "norm": "pre",
+            "max_length": 801,
+            "values": "binned",
+            "n_bins": 51,
+            "value_scale": 1 / 50,
+            "objective": "masked",
+            "mask_fractions": (0.25, 0.5, 0.75),
+            "mvc_weight": 1.0,
+            "dtype": "bfloat16",
+            "gene_table": {
+                "kind": "mixed",
+                "mix": {"graph": {"kind": "projected", "dim": 64}, "text": {"kind": "projected", "dim": 384}},
+            },
+        }
+    )
+    config.tables = ConfigDict({"graph": "runs/priors/graph.npz", "text": "runs/priors/text.npz"})
+    config.data = ConfigDict({"corpus": "runs/corpus", "batch_size": 256, "group_lengths": True})
+    config.validation = ConfigDict({"batch_size": 256, "max_batches": 64})
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 3e-4,
+            "warmup_steps": 2_000,
+            "schedule": "cosine",
+            "end_factor": 0.02,
+            "weight_decay": 0.01,
+            "clip_norm": 1.0,
+        }
+    )
+    config.train = ConfigDict(
+        {
+            "steps": 100_000,
+            "accumulate": 0,
+            "log_every": 100,
+            "eval_every": 2_000,
+            "checkpoint_every": 2_000,
+            "guard": {"limit": 10.0},
+        }
+    )
+    config.mesh = ConfigDict({"data": -1, "fsdp": 0, "tensor": 0})
+    if arg == "smoke":
+        config.model.update(d_model=64, n_heads=2, n_layers=2, d_ff=128, max_length=97, dropout=0.0)
+        config.model.update(tie="mid", dtype="float32")
+        part = {"kind": "projected", "dim": 32}
+        config.model.gene_table.mix = ConfigDict({"spectral": part, "masked": part})
+        config.tables = ConfigDict(_smoke_tables())
+        config.data.update(corpus="runs/pbmc/corpus", genes="runs/pbmc/genes.tsv", batch_size=64)
+        config.validation.update(batch_size=64, max_batches=2)
+        config.optimizer.update(learning_rate=2e-3, warmup_steps=30, b2=0.99)
+        config.train.update(steps=300, accumulate=1, log_every=20, eval_every=100, checkpoint_every=100)
+    return config
+
+
+def _smoke_tables() -> dict[str, str]:
+    """Name -> file; made where it is not there yet, whole or not at all."""
+    from scjax import datasets
+    from scjax.genes import coexpression, spectral, write_vectors
+    from scjax.genes.autoencoder import masked_autoencoder
+
+    files = {name: SMOKE / f"{name}.npz" for name in ("spectral", "masked")}
+    if not all(file.exists() for file in files.values()):
+        cells = datasets.pbmc()
+        graph = coexpression(cells.X, list(cells.var_names), min_cells=100)
+        made = {"spectral": spectral(graph, 32), "masked": masked_autoencoder(graph, 32, steps=50)[0]}
+        SMOKE.mkdir(parents=True, exist_ok=True)
+        for name, vectors in made.items():
+            partial = files[name].with_suffix(f".{os.getpid()}")
+            write_vectors(partial, graph.names, vectors, {"graph": graph.summary, "method": name})
+            os.replace(partial, files[name])
+    return {name: str(file) for name, file in files.items()}
