@@ -108,7 +108,7 @@ def run(name: str, cells: ad.AnnData, told: dict[str, Any], args: Any, start: Pa
     return Results.read(workdir / "scores.jsonl")
 
 
-def scores(results: Results) -> tuple[str, dict[str, dict[str, str]]]:
+def scores(results: Results) -> tuple[str, dict[str, dict[str, Any]]]:
     """A section: a table for each kind of novelty; and how the model stands, by kind."""
     frame = results.to_frame()
     frame = frame[(frame["label"] == "") & (frame["status"] == "ok")]
@@ -122,7 +122,7 @@ def scores(results: Results) -> tuple[str, dict[str, dict[str, str]]]:
             lines.append([f"**{model}**" if model == "model" else model, its["model_kind"].iloc[0], *shown])
         told = own["n_groups"].max(), own["n_cells"].max(), own["ci_method"].iloc[0]
         parts += [
-            f"**{track}**: {told[0]} held-out conditions, {told[1]:,} cells; 95 % intervals: {told[2]}.",
+            f"**{track}**: {told[0]} held-out condition(s), {told[1]:,} cells; 95 % intervals: {told[2]}.",
             table(["", "kind", *HEADINGS], lines),
         ]
         stands[str(track)] = _standing(rows, own)
@@ -150,15 +150,23 @@ def _standing(rows: pd.DataFrame, own: pd.DataFrame) -> dict[str, str]:
         low, high = ours["ci_low"] - rival["ci_high"], ours["ci_high"] - rival["ci_low"]
     how = "ahead" if low > 0 else "behind" if high < 0 else "level"
     value = simple["value"].max()
-    return {"how": how, "best": str(best), "numbers": f"{ours['value']:.3f} against {value:.3f} of {best}"}
+    n = int(ours["n_groups"])
+    return {
+        "how": how,
+        "n": n,
+        "best": str(best),
+        "numbers": f"{ours['value']:.3f} against {value:.3f} of {best}",
+    }
 
 
-def verdict(found: dict[str, dict[str, dict[str, str]]]) -> str:
+def verdict(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     """One sentence for how often the model beats the best simple baseline, and where it does not."""
     every = [(name, track, of) for name, tracks in found.items() for track, of in tracks.items()]
-    of = {how: [f"{n}, {t} ({o['best']})" for n, t, o in every if o["how"] == how]
+    of = {how: [f"{n}, {t} ({o['best']}, n = {o['n']})" for n, t, o in every if o["how"] == how]
           for how in ("ahead", "behind", "level")}  # fmt: skip
     told = [f"clearly ahead of the best simple baseline in {len(of['ahead'])} of {len(every)} comparisons"]
+    if of["ahead"]:
+        told[0] += f": {'; '.join(of['ahead'])}"
     if of["behind"]:
         told.append(f"The plain baseline wins in {len(of['behind'])}: {'; '.join(of['behind'])}")
     if of["level"]:
