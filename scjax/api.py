@@ -342,64 +342,103 @@ def annotate(
     adata: anndata.AnnData,
     model: Model | str | Path,
     *,
-    reference: anndata.AnnData,
+    reference: anndata.AnnData | None = None,
     label_key: str = "cell_type",
     unlabelled: str = "unlabelled",
     key_added: str = "scjax",
+    method: Literal["probe", "head", "lora", "all"] = "probe",
+    group_key: str | None = None,
+    max_error: float | None = None,
+    certainty: float = 0.9,
     batch_size: int = 64,
     layer: str | None = None,
     progress: bool = False,
 ) -> None:
-    """Labels the cells of ``adata`` by those of a labelled reference, through the frozen embedding.
+    """Labels the cells of ``adata`` by those of a labelled reference, or by the head of a fine-tuned model.
 
-    A logistic regression on the standardised embedding of the reference, its strength chosen by
-    cross-validation there, predicts the query.
+    Cells may be left "unassigned", by a rule that a quarter of the reference sets, which is then not learned
+    from: of the cells that get a label at most ``max_error`` get a wrong one, with the given certainty, if
+    they are drawn like those cells (see :func:`scjax.finetune.unassigned_rule`). A query of other donors is
+    drawn like them only where ``group_key`` holds out whole donors; types that the reference lacks are not
+    covered by any such promise.
 
     Args:
       adata: query, raw counts. Gets ``obs["scjax_<label_key>"]`` and
-        ``obs["scjax_<label_key>_confidence"]`` (the probability of the label), and both data sets get
-        ``obsm["X_scjax"]``.
+        ``obs["scjax_<label_key>_confidence"]`` (the probability of the label, also of one not given), with
+        ``max_error`` also ``uns["scjax"]["scjax_<label_key>"]``, the rule; the query, and with "probe" the
+        reference, get ``obsm["X_scjax"]``.
       model: what :func:`load` returned, or a path for it.
-      reference: raw counts with labels in ``obs[label_key]``.
+      reference: raw counts with labels in ``obs[label_key]``; None where ``model`` is fine-tuned for it.
       label_key: column of labels.
       unlabelled: value of ``label_key`` that means none; such reference cells are left out.
       key_added: prefix of the new columns.
+      method: "probe", a logistic regression on the standardised frozen embedding, its strength chosen by
+        cross-validation: seconds. Or fine-tuning on the reference, minutes: "head" (frozen base), "lora"
+        (adapters), "all"; a fifth of the reference then says when to stop, and how sure to be.
+      group_key: column of the reference (donor, study) whose groups are held out as a whole.
+      max_error: largest share of wrong labels among those given; None leaves no cell unassigned.
+      certainty: of that promise.
       batch_size, layer, progress: as in :func:`embed`.
 
     Raises:
-      ValueError: no such column (lists those there are), or fewer than two labels with 2 cells.
+      ValueError: no such column (lists those there are), fewer than two labels with 2 cells, no such method.
     """
     import pandas as pd
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
-    if label_key not in reference.obs:
-        raise ValueError(
-            f"the reference has no obs column {label_key!r}; there are {sorted(reference.obs.columns)}"
-        )
+    from scjax.finetune import annotate as ways
+    from scjax.finetune import predict
+
     model = _model(model)
-    labels = reference.obs[label_key]
-    known = (labels.notna() & (labels.astype(str) != unlabelled)).to_numpy()
-    names = labels.astype(str).to_numpy()
-    counted = pd.Series(names[known]).value_counts()
-    known = known & np.isin(names, counted.index[counted >= 2])
-    if len(set(names[known])) < 2:
-        raise ValueError(
-            f"obs[{label_key!r}] of the reference holds fewer than two labels with 2 cells or more: "
-            f"{counted.to_dict()}"
-        )
-    key = f"X_{key_added}"
-    for cells in (reference, adata):
-        embed(cells, model, key_added=key, batch_size=batch_size, layer=layer, progress=progress)
-    folds = int(min(5, counted[counted >= 2].min()))
-    regression = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
-    strengths = {"logisticregression__C": [0.01, 0.1, 1.0]}
-    probe = GridSearchCV(regression, strengths, cv=folds, scoring="f1_macro")
-    probe.fit(reference.obsm[key][known], names[known])
-    probability = probe.predict_proba(adata.obsm[key])
+    if method not in ways.METHODS:
+        raise ValueError(f"method={method!r}: there are {', '.join(ways.METHODS)}")
+    if reference is None and max_error is not None:
+        raise ValueError("max_error needs a reference: labelled cells set the rule")
+    column, key, rule = f"{key_added}_{label_key}", f"X_{key_added}", None
+    how: dict[str, Any] = {"batch_size": batch_size, "layer": layer}
+    if reference is not None:
+        names, known = ways.labelled(reference, label_key, unlabelled)
+        held = known & False
+        if max_error is not None:
+            held = ways.hold_out(reference, known, group_key, seed=0)
+        learned = known & ~held
+        if len(set(names[learned])) < 2:
+            raise ValueError(f"obs[{label_key!r}]: fewer than two labels are left beside the held-out cells")
+
+    embed(adata, model, key_added=key, progress=progress, **how)
+    if reference is not None and method == "probe":
+        embed(reference, model, key_added=key, progress=progress, **how)
+        probe = ways.probe(reference.obsm[key][learned], names[learned])
+        classes, probability = probe.classes_, probe.predict_proba(adata.obsm[key])
+        if max_error is not None:
+            told = probe.predict_proba(reference.obsm[key][held])
+    else:
+        if reference is not None:
+            cells = reference[learned] if layer is None else _at_layer(reference[learned], layer)
+            tuned = ways.tune(model, cells, label_key, names[learned], method, group_key)
+        else:
+            tuned = model
+        task = ways.head_of(tuned, label_key)
+        classes, options = np.array(tuned.categories[label_key]), {"duplicates": "sum", **how}
+        probability = predict(tuned, adata, **options)[task]
+        if max_error is not None:
+            told = predict(tuned, reference[held], **options)[task]  # type: ignore[index]
+
     best = probability.argmax(1)
-    column = f"{key_added}_{label_key}"
-    adata.obs[column] = pd.Categorical(probe.classes_[best], categories=list(probe.classes_))
-    adata.obs[f"{column}_confidence"] = probability[np.arange(len(best)), best].astype(np.float32)
+    labels, confidence = np.asarray(classes, object)[best], probability[np.arange(len(best)), best]
+    categories = list(classes)
+    if max_error is not None:
+        rule = ways.set_rule(told, np.asarray(classes, object), names[held], max_error, certainty)
+        labels = np.where(confidence >= rule.threshold, labels, ways.UNASSIGNED)
+        categories.append(ways.UNASSIGNED)
+        adata.uns["scjax"][column] = dataclasses.asdict(rule) | {"promise": str(rule)}
+    adata.obs[column] = pd.Categorical(labels, categories=categories)
+    adata.obs[f"{column}_confidence"] = confidence.astype(np.float32)
+
+
+def _at_layer(adata: anndata.AnnData, layer: str) -> anndata.AnnData:
+    """The counts of a layer, or of raw, as X."""
+    if layer == "raw":
+        return adata.raw.to_adata()
+    out = adata.copy()
+    out.X = out.layers[layer]
+    return out

@@ -101,8 +101,8 @@ def unassigned_rule(
     Thresholds are tried from the strictest on, and the first that fails ends it, so that testing many costs
     no certainty (fixed sequence testing: Angelopoulos et al., "Learn then test", 2021). A threshold passes
     where so few errors among so many assigned cells would have a probability of at most 1 - certainty, were
-    the error rate above ``max_error`` (exact binomial tail). The strictest assigns as few cells as could pass
-    without an error.
+    the error rate above ``max_error`` (exact binomial tail). The strictest assigns a tenth of the cells, or
+    as many as it takes to pass at all.
 
     Args:
       confidence: float [n], of cells that neither trained nor tuned what gives the confidence.
@@ -121,8 +121,8 @@ def unassigned_rule(
     order = np.argsort(-confidence, kind="stable")
     ordered, wrong = confidence[order], np.cumsum(~np.asarray(right, bool)[order])
     fewest = math.ceil(math.log(1 - certainty) / math.log(1 - max_error))
-    best, assigned, errors = math.inf, 0, 0
-    for k in np.unique(np.linspace(fewest, n, n_steps).astype(int)) if n >= fewest else ():
+    first, best, assigned, errors = max(fewest, n // 10), math.inf, 0, 0
+    for k in np.unique(np.linspace(first, n, n_steps).astype(int)) if n >= fewest else ():
         k = int(np.searchsorted(-ordered, -ordered[k - 1], side="right"))  # ties get their label together
         if binom.cdf(wrong[k - 1], k, max_error) > 1 - certainty:
             break

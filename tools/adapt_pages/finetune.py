@@ -13,6 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import anndata as ad
@@ -136,7 +137,8 @@ def main() -> None:
         "the fourth are the test, types with 20 cells or more in training; cells with a type of "
         f"`{LABEL}`. Held out in turn: {', '.join(f'`{name}` ({of})' for name, of in sizes.items())}. "
         "At 1 % every type has at least one cell. The base: "
-        f"{pretrained.system}, {pretrained.n_parameters:,} parameters, step {pretrained.step:,}; of the "
+        f"`{Path(pretrained.path).name}`, {pretrained.system} of {pretrained.n_parameters:,} parameters, "
+        f"step {pretrained.step:,}; of the "
         "studies only Kang is new to it, the others it has seen without labels. It reads the "
         f"{args.length - 1} most expressed genes of a cell. Fine-tuning: {args.steps} steps of 32 cells, "
         f"classes drawn alike, learning rates {RATES}, nothing chosen on the test study, no early stopping "
