@@ -162,7 +162,7 @@ def _standing(rows: pd.DataFrame, own: pd.DataFrame) -> dict[str, str]:
 def verdict(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     """One sentence for how often the model beats the best simple baseline, and where it does not."""
     every = [(name, track, of) for name, tracks in found.items() for track, of in tracks.items()]
-    of = {how: [f"{n}, {t} ({o['best']}, n = {o['n']})" for n, t, o in every if o["how"] == how]
+    of = {how: [f"{n}, {t} ({o['best']}; {o['n']} held out)" for n, t, o in every if o["how"] == how]
           for how in ("ahead", "behind", "level")}  # fmt: skip
     told = [f"clearly ahead of the best simple baseline in {len(of['ahead'])} of {len(every)} comparisons"]
     if of["ahead"]:
