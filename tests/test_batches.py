@@ -50,7 +50,7 @@ def read_off(X: np.ndarray, y: pd.Series) -> float:
 
 def test_an_adversary_hides_the_batch_and_leaves_the_types():
     """For a system that knows nothing of batches; without the reversal the same head brings the batch out."""
-    adata = two_batches(160)
+    adata = two_batches()
     batch, _ = as_batch(adata)
     found = {}
     for reverse in (0.0, 1.0):
@@ -76,7 +76,7 @@ def test_an_adversary_hides_the_batch_and_leaves_the_types():
                 updates, opt = tx.update(jax.grad(loss)(params, buffers, key), opt, params)
                 return (optax.apply_updates(params, updates), opt), None
 
-            keys = jax.random.split(jax.random.key(1), 200)
+            keys = jax.random.split(jax.random.key(1), 300)
             return jax.lax.scan(step, (params, tx.init(params)), keys)[0][0]
 
         module = bind(model, train(state["params"], state["buffers"]), state["buffers"])

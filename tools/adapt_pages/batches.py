@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
@@ -52,6 +53,29 @@ def trained(way: str, where: Path, steps: int, seed: int) -> scjax.api.Model:
     return scjax.load(workdir)
 
 
+def corrected(
+    way: str, adata: ad.AnnData, pca: np.ndarray, where: Path, steps: int, seed: int
+) -> dict[str, dict]:
+    """Scores of one trained model; of "token" also where the embedding is not told the study."""
+    model, found = trained(way, where, steps, seed), {}
+    for told in (True, False) if way == "token" else (True,):
+        name = f"scGPT, {way}" + ("" if told else ", token absent")
+
+        def score(told: bool = told, name: str = name) -> dict:
+            scjax.embed(adata, model, key_added="X", context=told)
+            return scored(adata, name, adata.obsm["X"], pca)
+
+        found[name] = kept(model.path / f"scores_{told}.json", score)
+    return found
+
+
+def kept(file: Path, make: Callable[[], dict]) -> dict:
+    """What was scored before a page was stopped is not scored again; without runs/adapt/batches all is."""
+    if not file.exists():
+        file.write_text(json.dumps(make()))
+    return {metric: tuple(score) for metric, score in json.loads(file.read_text()).items()}
+
+
 def main() -> None:
     args = arguments(__doc__, steps=200, seed=0)
     adata = cells(args.data)
@@ -59,21 +83,17 @@ def main() -> None:
     prepared(adata, where)
     pca = Expression(adata.X, list(adata.var_names)).pca(np.arange(adata.n_obs))
     noise = np.random.default_rng(0).normal(size=(adata.n_obs, 50)).astype(np.float32)
-    found = {UNCORRECTED: scored(adata, "pca", pca, pca, "baseline")}
-    found[NOISE] = scored(adata, "noise", noise, pca, "control")
+    found = {UNCORRECTED: kept(where / "pca.json", lambda: scored(adata, "pca", pca, pca, "baseline"))}
+    found[NOISE] = kept(where / "noise.json", lambda: scored(adata, "noise", noise, pca, "control"))
     rivals = args.out / "batches_rivals.json"
     said = {"note": "no scores of Harmony and scVI at hand: tools/adapt_pages/batches_rivals.py makes them"}
     if rivals.exists():
         said = json.loads(rivals.read_text())
         found |= {name: {m: tuple(v) for m, v in s.items()} for name, s in said.pop("scores").items()}
-    ours = {}
+    ours: dict[str, dict] = {}
     for way in WAYS:
-        model = trained(way, where, args.steps, args.seed)
-        for told in (True, False) if way == "token" else (True,):
-            name = f"scGPT, {way}" + ("" if told else ", token absent")
-            scjax.embed(adata, model, key_added="X", context=told)
-            ours[name] = found[name] = scored(adata, name, adata.obsm["X"], pca)
-            print(name, found[name]["bio"], found[name]["batch"], flush=True)
+        ours |= corrected(way, adata, pca, where, args.steps, args.seed)
+    found |= ours
     rows = [
         [name, *(shown(s.get(metric), metric in METRICS[:2]) for metric in METRICS)]
         for name, s in found.items()
