@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -107,7 +108,8 @@ def _step(job: Job, mesh: Any, *, kernels: bool) -> tuple[Any, Any, State, Any, 
         guard=config.train.guard,
         ema=config.optimizer.ema,
     )
-    batch = abstract_batch(mesh, cells, job.slots, config.data.labels or ())
+    values = {name: _shape(config.model, name) for name in config.data.values or ()}
+    batch = abstract_batch(mesh, cells, job.slots, config.data.labels or (), values)
     return (
         model,
         step,
@@ -115,6 +117,16 @@ def _step(job: Job, mesh: Any, *, kernels: bool) -> tuple[Any, Any, State, Any, 
         batch,
         facts | {"cells": cells, "length": job.slots, "accumulate": accumulate},
     )
+
+
+def _shape(entries: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """Of a value of one cell, by what reads it in the model's config: there may be no corpus to ask."""
+    for key, entry in entries.items():
+        if key == name and isinstance(entry, Mapping) and "size" in entry:
+            return (entry["size"] * (entry.get("width", 1) if entry.get("kind") == "neighbours" else 1),)
+        if isinstance(entry, Mapping) and (shape := _shape(entry, name)):
+            return shape
+    return ()
 
 
 def abstract_mesh(job: Job) -> Any:
