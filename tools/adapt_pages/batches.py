@@ -49,7 +49,9 @@ def trained(way: str, where: Path, steps: int, seed: int) -> scjax.api.Model:
         options["model.base.model.max_length"] = options.pop("model.max_length")
     command = [sys.executable, "experiments/pretrain.py", f"--config=configs/batches.py:{way}"]
     command += [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in options.items())]
-    subprocess.run(command, check=True, cwd=ROOT)
+    if not (workdir / f"done-{steps}").exists():
+        subprocess.run(command, check=True, cwd=ROOT)
+        (workdir / f"done-{steps}").touch()
     return scjax.load(workdir)
 
 
