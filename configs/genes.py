@@ -13,8 +13,8 @@ As in Geneformer's gene classification (Theodoris et al. 2023) the base is fine-
 ``--config.model.train=head`` reads frozen states. ``benchmarks/adapt/gene_function.md`` sets static vectors
 and states beside expression level and random vectors.
 
-``:smoke`` is a minute on two CPU cores, on the quickstart's model: which genes are of the ribosome, by a table
-made here of the names of genes.
+``:smoke`` is a minute on two CPU cores, on the quickstart's model: which genes are of the ribosome, by a
+table made here of the names of genes.
 """
 
 import os
