@@ -47,8 +47,9 @@ def test_doses_and_a_base_that_was_trained(tmp_path):
     cells = perturbed(n_targets=10, doses=(0.1, 1.0, 10.0), cells=12)
     cells.write_h5ad(tmp_path / "drugs.h5ad")
     runs.build_corpus(tmp_path / "corpus")
-    quickstart = {"data__corpus": tmp_path / "corpus", "data__genes": "", "train__steps": 2}
-    runs.pretrain("configs/quickstart.py:smoke", tmp_path / "base", cache=tmp_path / "cache", **quickstart)
+    short = {"train__steps": 2, "optimizer__warmup_steps": 1}
+    pretrain = {"data__corpus": tmp_path / "corpus", "data__genes": "", "model__d_model": 16, **short}
+    runs.pretrain("configs/scgpt.py:smoke", tmp_path / "base", cache=tmp_path / "cache", **pretrain)
     fields = {
         "data__corpus": tmp_path / "drugs.h5ad",
         "told__kind": "chemical",
@@ -58,6 +59,7 @@ def test_doses_and_a_base_that_was_trained(tmp_path):
         "told__tokens": "('dose',)",
         "told__shift": "('features', 'dose')",
         "train__steps": 40,
+        "told__max_cells": 32,
     }
     perturb(tmp_path / "run", **fields)
     scores = Results.read(tmp_path / "run" / "scores.jsonl")
@@ -68,7 +70,7 @@ def test_doses_and_a_base_that_was_trained(tmp_path):
     genes = [f"gene{i}" for i in range(60)]
     cells.var_names = [*line.vocabulary.symbols[:30], *genes[30:]]
     cells.write_h5ad(tmp_path / "drugs.h5ad")
-    begun = perturb(tmp_path / "begun", **fields | {"start": tmp_path / "base", "train__steps": 2})
+    begun = perturb(tmp_path / "begun", **fields | short, start=tmp_path / "base")
     assert "30 genes" in begun
     few = scjax.load(tmp_path / "begun")
     assert np.isfinite(few.embed(cells[:4].copy())).all() and few.config["base"]["system"] == "scgpt"
