@@ -10,7 +10,6 @@ components of the nearest cells, and with those of other cells of the section.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import anndata as ad
@@ -78,10 +77,10 @@ Baselines: probabilistic PCA of the panel, alone and with the mean of the neighb
 for regions, logistic regression on 16 components of all genes (no panel), on the neighbourhood mean, on both,
 and on coordinates.
 
-Model: scGPT, two layers of width 32, from scratch, {steps} steps of {BATCH} cells, one seed a fold: small and
-short, so that the page takes minutes. Intervals: 95 %, {N_BOOT:,} paired resamples of contiguous blocks of the
-sections; they hold neither the spread over seeds nor, with so few sections, that over sections. "Above" and
-"below" mean that the interval of the difference leaves out 0. {minutes:.0f} CPU minutes.
+Model: scGPT, two layers of width 32, from scratch, {steps} steps of {BATCH} cells, one seed a fold: small
+and short, so that the page takes minutes. Intervals: 95 %, {N_BOOT:,} paired resamples of contiguous blocks
+of the sections; they hold neither the spread over seeds nor, with so few sections, that over sections.
+"Above" and "below" mean that the interval of the difference leaves out 0.
 """
 
 
@@ -246,7 +245,7 @@ def against(of: dict[str, np.ndarray], others: tuple[str, ...]) -> str:
 
 def main() -> None:
     args = arguments(__doc__, steps=200, sets=",".join(SETS))
-    started, sections, values, verdict = time.process_time(), {}, {}, []
+    sections, values, verdict = {}, {}, []
     for name in args.sets.split(","):
         title, label, n_folds = SETS[name]
         adata = read(args.data, name)
@@ -259,8 +258,8 @@ def main() -> None:
         lost = int((~found["known"]).sum())
         sections[title] = "\n\n".join(
             [
-                f"`{name}`: {adata.n_obs:,} cells or spots, {adata.obs['section'].nunique()} sections, held out "
-                f"in {n_folds} folds; {found['n']} values of `{label}`"
+                f"`{name}`: {adata.n_obs:,} cells or spots, {adata.obs['section'].nunique()} sections, held "
+                f"out in {n_folds} folds; {found['n']} values of `{label}`"
                 + (f" ({lost} spots without one are not scored on it)." if lost else "."),
                 table(["", "R² of hidden expression", f"macro-F1 of {label}s"], rows),
                 f"Expression: {NEAR} is {against(share, (NONE, MIXED, PLACE, JOINT))}.",
@@ -274,18 +273,17 @@ def main() -> None:
         for what, of in (("hidden expression", share), (f"{label}s", regions)):
             wins = better(of[JOINT], of[NEAR]) == "above"
             verdict.append(
-                f"{title}, {what}: {'the plain baseline wins; ' if wins else ''}the model with its neighbours "
-                f"has {of[NEAR][0]:.3f}, {better(of[NEAR], of[NONE])} that without ({of[NONE][0]:.3f}), "
-                f"shuffled ones {of[MIXED][0]:.3f}, coordinates {of[PLACE][0]:.3f}; PCA with the neighbourhood "
-                f"mean {of[JOINT][0]:.3f}"
+                f"{title}, {what}: {'the plain baseline wins; ' if wins else ''}the model with its "
+                f"neighbours has {of[NEAR][0]:.3f}, {better(of[NEAR], of[NONE])} that without "
+                f"({of[NONE][0]:.3f}), shuffled ones {of[MIXED][0]:.3f}, coordinates {of[PLACE][0]:.3f}; PCA with the "
+                f"neighbourhood mean {of[JOINT][0]:.3f}"
             )
-    minutes = (time.process_time() - started) / 60
     page(
         args.out / "space.md",
         "Space as context",
         ". ".join(verdict) + ".",
         "python tools/adapt_pages/space.py" + (f" --sets {args.sets}" if args.sets != ",".join(SETS) else ""),
-        sections | {"How": HOW.format(steps=args.steps, minutes=minutes, **globals())},
+        sections | {"How": HOW.format(steps=args.steps, **globals())},
         values,
     )
 
