@@ -283,7 +283,8 @@ def _tokens(config: Mapping[str, Any]) -> Mapping[str, Any]:
     model normalises is told in the same way."""
     if "base" in config:
         return _tokens(config["base"].get("model", {}))
-    by = {config["batch_label"]: {"kind": "label"}} if config.get("batch_norm") == "domain" else {}
+    label = config.get("batch_label", "dataset")
+    by = {label: {"kind": "label"}} if config.get("batch_norm") == "domain" else {}
     return by | config.get("context", {})
 
 
