@@ -275,8 +275,8 @@ def main() -> None:
             verdict.append(
                 f"{title}, {what}: {'the plain baseline wins; ' if wins else ''}the model with its "
                 f"neighbours has {of[NEAR][0]:.3f}, {better(of[NEAR], of[NONE])} that without "
-                f"({of[NONE][0]:.3f}), shuffled ones {of[MIXED][0]:.3f}, coordinates {of[PLACE][0]:.3f}; PCA with the "
-                f"neighbourhood mean {of[JOINT][0]:.3f}"
+                f"({of[NONE][0]:.3f}), shuffled ones {of[MIXED][0]:.3f}, coordinates {of[PLACE][0]:.3f}; PCA "
+                f"with the neighbourhood mean {of[JOINT][0]:.3f}"
             )
     page(
         args.out / "space.md",
