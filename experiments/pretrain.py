@@ -93,7 +93,8 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
     tables = GeneTables()  # those of the run that this one begins with
     if begin is None:
         tables = gene_tables(config.system, config.model, config.tables, model, vocabulary, corpus)
-    start = None if begin is None else start_from(model, begin.params, begin.buffers)
+    base_of = {"prefix": "base/" if begin and begin.system != config.system else ""}  # a wrapper's base
+    start = None if begin is None else start_from(model, begin.params, begin.buffers, **base_of)
     origin = {"corpus": corpus.manifest_id, "manifests": manifests_of(corpus), "tables": tables.sources}
     origin["categories"] = {name: corpus.columns[name] for name in loader.labels}
     origin["categories"] |= {name: panel.features for name, panel in loader.panels.items() if panel.named}

@@ -53,7 +53,7 @@ def batch_of(adata, rows=None):
     adata = adata if rows is None else adata[rows]
     batch = next(cells(adata, vocabulary(), adata.n_obs, bucket_lengths=[64]))
     batch = batch.replace(row=(batch.row + 100).astype(np.uint32))
-    return batch.replace(value={name: adata.obsm[name].to_numpy(np.float32) for name in FEATURES})
+    return batch.replace(value={name: np.array(adata.obsm[name], "f4") for name in FEATURES})
 
 
 @functools.cache
