@@ -262,7 +262,7 @@ def main() -> None:
         "Drug response",
         f"Real responses (GDSC v17, {len(pairs):,} pairs of {len(own)} lines and {len(kept)} drugs; error of "
         f"log IC50): {'; '.join(verdict)}.",
-        "python tools/adapt_pages/drugs.py",
+        "python tools/adapt_pages/drugs.py" + (f" --model {args.model}" if args.model else ""),
         {"": f"`IC50_v17.csv.gz` of the package gdsctools 1.0.1.\n\n{text}", "How": how},
         values,
     )
