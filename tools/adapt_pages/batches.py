@@ -143,8 +143,12 @@ def verdict(found: dict, ours: dict) -> str:
 
     names = [UNCORRECTED, *(n for n in found if n not in ours and n not in (NOISE, UNCORRECTED))]
     told = " ".join(against(name) for name in names)
+    better = [n for n in names if all(found[n][axis][1] > found[best][axis][2] for axis in ("bio", "batch"))]
+    lead = (
+        f"{' and '.join(better)} beat{'' if better[1:] else 's'} the best trained correction on both axes. "
+    )
     return (
-        f"Of the trained corrections {best.removeprefix('scGPT, ')} mixes the studies best"
+        f"{lead if better else ''}Of the trained corrections {best.removeprefix('scGPT, ')} mixes the studies best"
         f"{' of those that keep the types' if kept else ', and none keeps the types'}: batch "
         f"{none['batch'][0]:.3f} to {found[best]['batch'][0]:.3f}, bio {none['bio'][0]:.3f} to "
         f"{found[best]['bio'][0]:.3f} against the same model uncorrected. Beside {told}"
