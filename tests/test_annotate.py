@@ -55,7 +55,10 @@ def test_by_fine_tuning(handle, reference):
 def test_a_fine_tuned_model_needs_no_reference(handle, reference, tmp_path):
     corpus = scjax.build_corpus([reference], tmp_path / "c", names=["r"], progress=False, workers=1)
     found = fit(
-        handle, corpus, {"type": Task(source="cell_type")}, FitConfig("head", patience=None, steps=60)
+        handle,
+        corpus,
+        {"type": Task(source="cell_type")},
+        FitConfig("head", patience=None, steps=80, learning_rate=5e-2),
     )
     found.pop("report")
     tuned = scjax.api.Model(**found)

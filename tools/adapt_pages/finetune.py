@@ -9,6 +9,7 @@ Four studies of blood; two of them in turn are held out as a whole. Cell types o
 from __future__ import annotations
 
 import dataclasses
+import sys
 import tempfile
 import time
 import warnings
@@ -138,8 +139,8 @@ def main() -> None:
         f"`{LABEL}`. Held out in turn: {', '.join(f'`{name}` ({of})' for name, of in sizes.items())}. "
         "At 1 % every type has at least one cell. The base: "
         f"`{Path(pretrained.path).name}`, {pretrained.system} of {pretrained.n_parameters:,} parameters, "
-        f"step {pretrained.step:,}; of the "
-        "studies only Kang is new to it, the others it has seen without labels. It reads the "
+        f"step {pretrained.step:,}; it has "
+        "seen no label, and nothing of Kang. It reads the "
         f"{args.length - 1} most expressed genes of a cell. Fine-tuning: {args.steps} steps of 32 cells, "
         f"classes drawn alike, learning rates {RATES}, nothing chosen on the test study, no early stopping "
         "(too few labels). LoRA: rank 8 in all products of all layers. The probes are a logistic regression "
@@ -152,7 +153,7 @@ def main() -> None:
         args.out / "finetune.md",
         "Fine-tuning, by the number of labels",
         verdict,
-        "python tools/adapt_pages/finetune.py",
+        " ".join(["python tools/adapt_pages/finetune.py", *sys.argv[1:]]),
         sections,
         values,
     )
