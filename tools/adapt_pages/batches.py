@@ -148,7 +148,7 @@ def verdict(found: dict, ours: dict) -> str:
         f"{' and '.join(better)} beat{'' if better[1:] else 's'} the best trained correction on both axes. "
     )
     return (
-        f"{lead if better else ''}Of the trained corrections {best.removeprefix('scGPT, ')} mixes studies best"
+        f"{lead if better else ''}Of the corrections trained, {best.removeprefix('scGPT, ')} mixes best"
         f"{' of those that keep the types' if kept else ', and none keeps the types'}: batch "
         f"{none['batch'][0]:.3f} to {found[best]['batch'][0]:.3f}, bio {none['bio'][0]:.3f} to "
         f"{found[best]['bio'][0]:.3f} against the same model uncorrected. Beside {told}"
