@@ -232,7 +232,7 @@ def planted_sections(
     """
     rng = np.random.default_rng(seed)
     place = rng.uniform(-0.5, 0.5, (n_sections * n_cells, 2))
-    field = 2.0 + 1.5 * np.sin(2 * np.pi * place[:, 0]) * np.cos(np.pi * place[:, 1])
+    field = 2.0 + np.sin(2 * np.pi * place[:, 0]) + 0.7 * np.cos(2 * np.pi * place[:, 1])
     rate = np.full((len(place), n_genes), np.exp(2.0))
     rate[:, 0] = np.exp(field)
     section = np.repeat(np.arange(n_sections), n_cells)
