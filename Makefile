@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine with Python >= 3.11 and make:
 #   make quickstart   environment, real cells, a pretrained and probed checkpoint, a report
-#   make test         the test suite (make test-slow: every file of the development data, where it is;
+#   make test         the test suite (make test-smokes: every config's :smoke; make test-slow: every file of the development data, where it is;
 #                     make test-parity: against the PyTorch originals, which it installs;
 #                     make test-pods: every system on every layout of eight virtual devices;
 #                     make test-faults: killed a hundred times, and on a Slurm of two nodes)
@@ -9,7 +9,7 @@ VENV   ?= .venv
 RUN    ?= runs/quickstart
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart env test test-slow test-parity test-pods test-faults lint clean
+.PHONY: quickstart env test test-smokes test-slow test-parity test-pods test-faults lint clean
 
 quickstart: env
 	PYTHON=$(BIN)/python RUN=$(RUN) bash tools/quickstart.sh
@@ -33,7 +33,10 @@ $(VENV)/.parity: $(VENV)/.dev
 	@touch $@
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not (slow or gpu or parity or full or pods or faults or slurm)"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not (slow or gpu or parity or full or pods or faults or slurm or smokes)"
+
+test-smokes: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 -m "smokes and not full"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m "slow and not gpu"
