@@ -4,6 +4,7 @@
     scjax corpus genes runs/citeseq/corpus --top 2000 --out runs/citeseq/genes.tsv
     python experiments/pretrain.py --config=configs/citeseq.py --workdir=runs/citeseq/run \\
         --config.model.modalities.protein.size=N
+    python experiments/pretrain.py --config=configs/citeseq.py:smoke --workdir=runs/citeseq/smoke
 
 Each file holds raw RNA counts in X and raw antibody counts, a table with names, in ``obsm["protein"]``; N is
 the number of proteins of all studies together, which ``scjax corpus info`` prints. To begin with a pretrained

@@ -105,6 +105,7 @@ def finetune(config: FinetuneConfig, workdir: str, preemption: Preemption) -> bo
     start = start_from(model, {} if config.random_start else begin.params, begin.buffers, prefix="base/")
     origin = {"corpus": corpus.manifest_id, "manifests": manifests_of(corpus)}
     origin["categories"] = {name: corpus.columns[name] for name in loader.labels}
+    origin["categories"] |= {name: panel.features for name, panel in loader.panels.items() if panel.named}
     origin["start"] = {"source": config.start, "sha256": start.sha256}
     if targets:
         of = {name: source for name, source in config.tables.items() if source}

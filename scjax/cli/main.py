@@ -45,6 +45,7 @@ def embed(args: argparse.Namespace) -> int:
         key_added=args.key,
         batch_size=args.batch_size,
         layer=args.layer,
+        context=not args.no_context,
         progress=True,
     )
     write_whole(adata.write_h5ad, args.out)
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", required=True, metavar="RUN", help="run directory")
     command.add_argument("--out", required=True, metavar="OUT.h5ad")
     command.add_argument("--key", default="X_scjax", help="name in obsm (default: X_scjax)")
+    command.add_argument("--no-context", action="store_true", help="leave out what obs and obsm tell of cells")
     add_reading(command)
 
     evaluation.add_commands(commands)

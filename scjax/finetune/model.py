@@ -94,9 +94,8 @@ class Finetuned(Wrapper):
 
     @staticmethod
     def tables(config: FinetunedConfig) -> dict[str, str]:
-        """What the base wants from outside, at its paths behind "base/"."""
-        wanted = Finetuned.of_base(config.base["system"], config.base["model"], "tables", {})
-        return {f"base/{path}": what for path, what in wanted.items()}
+        """What the base wants from outside."""
+        return Finetuned.tables_of_base(config.base)
 
     @staticmethod
     def compares_cells(config: FinetunedConfig) -> bool:

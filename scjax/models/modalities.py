@@ -104,10 +104,8 @@ class Multimodal(Wrapper):
 
     @staticmethod
     def tables(config: MultimodalConfig) -> dict[str, str]:
-        """What the base wants from outside, under its names, for the buffers of the base."""
-        wanted = Wrapper.of_base(config.base["system"], config.base["model"], "tables", {})
-        kinds = {name: kind.partition(":") for name, kind in wanted.items()}
-        return {name: f"{kind}:base/{path or name}" for name, (kind, _, path) in kinds.items()}
+        """What the base wants from outside."""
+        return Multimodal.tables_of_base(config.base)
 
     @staticmethod
     def compares_cells(config: MultimodalConfig) -> bool:

@@ -140,9 +140,8 @@ class Perturbation(Wrapper):
 
     @staticmethod
     def tables(config: PerturbationConfig) -> dict[str, str]:
-        """What the base wants from outside, at its paths behind "base/"."""
-        wanted = Perturbation.of_base(config.base["system"], config.base["model"], "tables", {})
-        return {f"base/{path}": what for path, what in wanted.items()}
+        """What the base wants from outside."""
+        return Perturbation.tables_of_base(config.base)
 
     @staticmethod
     def compares_cells(config: PerturbationConfig) -> bool:

@@ -40,6 +40,13 @@ class Wrapper(nnx.Module):
         declared = getattr(model, name, None)
         return declared(from_config(config_class, config, where="config.model.base")) if declared else default
 
+    @staticmethod
+    def tables_of_base(base: Mapping[str, Any]) -> dict[str, str]:
+        """What ``base``, ``{"system", "model"}``, wants from outside: its names, for its buffers here."""
+        wanted = Wrapper.of_base(base["system"], base["model"], "tables", {})
+        kinds = {name: kind.partition(":") for name, kind in wanted.items()}
+        return {name: f"{kind}:base/{path or name}" for name, (kind, _, path) in kinds.items()}
+
     def encode(self, batch: CellBatch, key: Array) -> Any:
         return self.base.encode(batch, key)
 

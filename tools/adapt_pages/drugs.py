@@ -228,8 +228,10 @@ Structures are not among the files, so a drug's fingerprint is {BITS} principal 
 the {others} other lines that GDSC screened. `split_pairs` with {FOLDS} folds; baselines:
 `scjax.finetune.drugs.baselines`, with components of the same profiles and the same fingerprints. Intervals:
 95 %, {N_BOOT:,} resamples of the {lines} lines, paired between methods; with so few lines they are wide, and
-methods that tie may differ. Correlations are over pooled folds, where the mean of the training lines alone
-lies below 0. That the model finds an interaction where there is one is planted in `tests/test_drugs.py`.
+methods that tie may differ. Nothing is tuned; the first line names the best of the models and the best of
+the plain methods by these same scores. Correlations are over pooled folds, where the mean of the training
+lines alone lies below 0. That the model finds an interaction where there is one is planted in
+`tests/test_drugs.py`.
 {minutes:.0f} CPU minutes.
 """
 
