@@ -99,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", required=True, metavar="RUN", help="run directory")
     command.add_argument("--out", required=True, metavar="OUT.h5ad")
     command.add_argument("--key", default="X_scjax", help="name in obsm (default: X_scjax)")
-    command.add_argument("--no-context", action="store_true", help="leave out what obs and obsm tell of cells")
+    command.add_argument(
+        "--no-context", action="store_true", help="leave out what obs and obsm tell of cells"
+    )
     add_reading(command)
 
     evaluation.add_commands(commands)
