@@ -18,7 +18,7 @@ with an inverse dispersion each. Chromatin is a further entry of ``modalities``:
 "poisson", and ``tokens = False`` for panels of thousands of regions.
 
 ``:smoke`` is a minute on two CPU cores, on cells of the package with proteins that are simulated from their
-types; the file makes that corpus, ``runs/citeseq-smoke``, where it is not there. protein_mse, the error of
+types; the file makes that corpus, ``runs/citeseq/planted``, where it is not there. protein_mse, the error of
 hidden proteins, falls below protein_mean_mse, that of each protein's mean.
 """
 
@@ -81,7 +81,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train = ConfigDict({"steps": 2000, "log_every": 20, "eval_every": 200, "checkpoint_every": 500})
     config.mesh = ConfigDict({"data": -1, "fsdp": 0, "tensor": 0})
     if arg == "smoke":
-        folder = Path("runs/citeseq-smoke")
+        folder = Path("runs/citeseq/planted")
         make_corpus(folder)
         config.model.base.model.update(d_model=32, n_layers=1, d_ff=64, max_length=129, dropout=0.0)
         config.data.update(corpus=f"{folder}/corpus", genes=f"{folder}/genes.tsv", batch_size=32)

@@ -81,8 +81,8 @@ def finetune(config: FinetuneConfig, workdir: str, preemption: Preemption) -> bo
     process, _ = distributed_start()
 
     # -------------------------------------------------------------------------- cells and model
+    begin = scjax.load(config.base_run)
     corpus = open_data(config.data, workdir)
-    begin = scjax.load(config.start)
     wanted = from_config(resolve(config.system)[1], config.model, where="config.model")
     sources = {task.source or name for name, task in wanted.tasks.items() if task.categorical}
     drawn = frequencies(corpus, sorted(sources & set(corpus.columns)), config.data.weights)

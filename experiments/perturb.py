@@ -16,47 +16,37 @@ import dataclasses
 import itertools
 import sys
 from contextlib import closing
-from typing import Any, Literal
+from typing import Any
 
 import anndata as ad
-import jax
-import numpy as np
 import pandas as pd
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 import scjax
 import scjax.eval
-from scjax.config import ConfigError, from_config
+from scjax.config import from_config
 from scjax.eval.perturbation_data import perturbation_split
-from scjax.genes import Vocabulary
+from scjax.finetune.perturb import PerturbConfig, conditions_of, fields_of, predictor
 from scjax.launch.capture import capture
 from scjax.launch.codes import REQUEUE
-from scjax.loader.conditions import UNPERTURBED, Conditions, Kind
 from scjax.loader.order import permutation
 from scjax.loader.sets import PerturbedCells, Sets, predict_cells
 from scjax.models import build
-from scjax.models.perturbation import Perturbation, PerturbationConfig
-from scjax.nn import bind
-from scjax.nn.context import ContextToken
+from scjax.models.perturbation import PerturbationConfig
 from scjax.parallel import (
     Prefetch,
     barrier,
-    batch_sharding,
     distributed_start,
     layout_for,
-    place,
     process_shard,
-    replicated,
     together,
 )
-from scjax.parallel.layout import automatic
 from scjax.train import (
     Checkpoints,
     Meter,
     MetricsLog,
     Preemption,
-    RunConfig,
     RunProgress,
     Status,
     abstract_state,
@@ -72,8 +62,6 @@ from scjax.train import (
     open_run,
     start_from,
 )
-from scjax.train.state import judged_params, shardings_of
-from scjax.types import CellBatch
 
 _CONFIG = config_flags.DEFINE_config_file(
     *("config", None, "The config file, FILE.py or FILE.py:ARG."),
@@ -81,53 +69,6 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory: new, or that of a run to resume.")
 flags.mark_flags_as_required(["config", "workdir"])
-READ = ("targets", "features", "dose", "perturbation")  # of a condition; other names are columns of obs
-
-
-@dataclasses.dataclass(frozen=True)
-class Told:
-    """The cells' columns, what is held out, and what the model is told of a condition.
-
-    Attributes:
-      perturbation, control, context, dose: columns of obs, and the name of unperturbed cells; None for no
-        such column. Effects are within contexts (cell line, cell type, donor).
-      kind: see :class:`scjax.loader.conditions.Conditions`.
-      split: obs column, True for the cells to learn from; None to hold out ``fraction`` of what ``unseen``
-        says, see :func:`scjax.eval.perturbation_split`.
-      validation: share of the training conditions that is kept for the validation loss.
-      features: table of what is perturbed, tab-separated with names first, or "uns/KEY" of the cells.
-      tokens, shift: what is told to the base, and to the decoder: "targets", "features", "dose",
-        "perturbation", or a column of obs, of the control cells.
-      targets: perturbed genes of a condition, at most.
-      set_size: cells of a set.
-      max_cells: predicted cells of a condition, at most.
-    """
-
-    perturbation: str = "perturbation"
-    control: str = "control"
-    context: str | None = None
-    dose: str | None = None
-    kind: Kind = "genetic"
-    split: str | None = None
-    unseen: Literal["perturbation", "combination", "context"] = "perturbation"
-    fraction: float = 0.25
-    validation: float = 0.0
-    features: str | None = None
-    tokens: tuple[str, ...] = ("targets",)
-    shift: tuple[str, ...] = ("targets",)
-    targets: int = 2
-    set_size: int = 16
-    max_cells: int = 256
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PerturbConfig(RunConfig):
-    """A run: as of pretraining, but that ``data.corpus`` is an .h5ad of raw counts or "simulated"
-    (:func:`scjax.datasets.perturbed`), ``start`` the run of the base or None for one from scratch, as
-    ``model.base`` says, and ``random_start`` takes only its architecture and tables: the control."""
-
-    told: Told
-    random_start: bool = False
 
 
 def read_cells(config: PerturbConfig) -> tuple[ad.AnnData, str, pd.DataFrame | None]:
@@ -151,43 +92,6 @@ def read_cells(config: PerturbConfig) -> tuple[ad.AnnData, str, pd.DataFrame | N
     return cells, split, features
 
 
-def conditions_of(
-    config: PerturbConfig, cells: ad.AnnData, features: pd.DataFrame | None, vocabulary: Vocabulary | None
-) -> Conditions:
-    """How conditions are told; a model from scratch has the perturbed genes in its vocabulary, measured or
-    not."""
-    told = config.told
-    if vocabulary is None:
-        studies: list[Any] = [cells]
-        if told.kind == "genetic" and told.perturbation in cells.obs:
-            names = [str(name) for name in cells.obs[told.perturbation].dropna().unique()]
-            genes = {part.strip() for name in names for part in name.split("+")}
-            studies.append(sorted(genes - {told.control, *UNPERTURBED}))
-        vocabulary = Vocabulary.from_anndata(studies)
-    return Conditions(
-        *(vocabulary, told.control, told.kind, (), told.targets, features), dosed=told.dose is not None
-    )
-
-
-def model_of(config: PerturbConfig, base: dict[str, Any], cells: PerturbedCells) -> dict[str, Any]:
-    """The fields of the model, with the sizes that the cells and their conditions have."""
-    told, features = config.told, cells.conditions.features
-    known = {
-        "targets": ContextToken("genes", told.targets),
-        "dose": ContextToken("value", 1),
-        "perturbation": ContextToken("label", max(len(cells.conditions.seen), 1)),
-    }
-    known |= {name: ContextToken("label", len(names)) for name, names in cells.categories.items()}
-    if features is not None:
-        known["features"] = ContextToken("value", features.shape[1])
-    for name in (*told.tokens, *told.shift):
-        if name not in known:
-            raise ConfigError(f"config.told names {name!r}; there are {sorted(known)}, given data for them")
-    fields = {"base": base, "panel": len(cells.panel)}
-    fields |= {side: {n: known[n] for n in getattr(told, side)} for side in ("tokens", "shift")}
-    return dataclasses.asdict(from_config(PerturbationConfig, {**config.model, **fields}, "config.model"))
-
-
 def perturb(config: PerturbConfig, workdir: str, preemption: Preemption) -> bool:
     """Whether the run is at its end; False where it was told to leave before."""
     process, _ = distributed_start()
@@ -198,7 +102,7 @@ def perturb(config: PerturbConfig, workdir: str, preemption: Preemption) -> bool
     begin = scjax.load(config.start) if config.start else None
     conditions = conditions_of(config, adata, features, begin.vocabulary if begin else None)
     vocabulary = conditions.vocabulary
-    labels = sorted({*told.tokens, *told.shift} - set(READ))
+    labels = told.labels
     columns = {"perturbation_key": told.perturbation, "context_key": told.context, "dose_key": told.dose}
     whole = PerturbedCells(adata, conditions, labels=labels, **columns)
     cells = whole.training(adata.obs[split].to_numpy(bool))
@@ -209,7 +113,9 @@ def perturb(config: PerturbConfig, workdir: str, preemption: Preemption) -> bool
 
     # ------------------------------------------------------------------------- model and devices
     base = {"system": begin.system, "model": begin.config} if begin else config.model["base"]
-    fields = model_of(config, copy.deepcopy(base), cells)
+    categories = {**cells.categories, "perturbation": list(cells.conditions.seen)}
+    n_features = None if features is None else conditions.features.shape[1]
+    fields = fields_of(config, copy.deepcopy(base), len(cells.panel), categories, n_features)
     model = build(config.system, fields, len(vocabulary), config.seed)
     layout = layout_for(config.mesh, count_parameters(model))
     mesh = layout.mesh
@@ -237,7 +143,7 @@ def perturb(config: PerturbConfig, workdir: str, preemption: Preemption) -> bool
         start = start_from(model, params, begin.buffers, prefix="base/")
         origin["start"] = {"source": config.start, "sha256": start.sha256}
         values |= start.values
-    origin["categories"] = {**cells.categories, "perturbation": list(cells.conditions.seen)}
+    origin["categories"] = categories
     about = describe(config.system, fields, vocabulary, corpus=cells.hash, seed=config.seed, **origin)
     run = open_run(workdir, about, vocabulary)
     keep_compiled(run.path / "compiled" if config.train.compile_cache is None else config.train.compile_cache)
@@ -321,28 +227,6 @@ def perturb(config: PerturbConfig, workdir: str, preemption: Preemption) -> bool
             progress.say(f"predicted cells and scores are in {run.path}")
         barrier("scjax:perturb:scored")
     return not leaving
-
-
-def predictor(model: Any, abstract: Any, layout: Any, state: Any) -> Any:
-    """Whole batch of numpy arrays -> predicted cells, the same on all processes."""
-    mesh = layout.mesh
-    index, count = process_shard(mesh)
-
-    def run(state: Any, batch: CellBatch) -> jax.Array:
-        with layout.active():
-            module: Perturbation = bind(model, judged_params(state), state["buffers"])
-            module.eval()
-            return module.predict(batch)
-
-    given = (shardings_of(abstract), batch_sharding(mesh))
-    step = jax.jit(automatic(run, mesh, replicated(mesh)), in_shardings=given, out_shardings=replicated(mesh))
-
-    def predict(batch: CellBatch) -> np.ndarray:
-        n = len(batch.weight) // count
-        local = jax.tree.map(lambda x: x[index * n : (index + 1) * n], batch)
-        return np.asarray(step(state, place(local, mesh)))
-
-    return predict
 
 
 def main(_: list[str]) -> None:

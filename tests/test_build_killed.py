@@ -33,7 +33,7 @@ def check(lines: list[dict], at_least: int) -> None:
 
 @pytest.mark.parametrize("what", ["build", "append"])
 def test_killed_here_and_there(tmp_path, what):
-    check(points(what, tmp_path, 31), 100)
+    check(points(what, tmp_path, 23), 100)
 
 
 @pytest.mark.full

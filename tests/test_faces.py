@@ -11,7 +11,7 @@ from smoke import ROOT, run_experiment, smoke, write_cells
 
 import scjax
 from scjax.cli.main import main
-from scjax.models import SYSTEMS
+from scjax.models import resolve
 
 
 @pytest.fixture(scope="module")
@@ -220,12 +220,29 @@ class TestEval:
 
 class TestConfigs:
     @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
-    def test_show_and_params(self, config, capsys):
-        for arg in ("", ":smoke"):
+    def test_show_and_params(self, config, run, capsys, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)  # some make the data of their smoke run where they are
+        for arg in (":smoke", ""):
             assert main(["config", "show", f"{config}{arg}"]) == 0
-            assert json.loads(capsys.readouterr().out)["system"] in SYSTEMS
-        assert main(["config", "params", str(config), "--genes", "500"]) == 0
+            shown = json.loads(capsys.readouterr().out)
+            assert resolve(shown["system"])
+        params = ["config", "params", str(config), "--genes", "500"]
+        if "random_start" in shown and "told" not in shown:  # heads on a model of another run
+            assert main(params) == 2
+            assert "config.start is missing" in capsys.readouterr().err
+            (task,) = shown["model"]["tasks"]
+            params += ["--set", f"start={run}", "--set", f"model.tasks.{task}.size=5"]
+        assert main(params) == 0
         assert "kernel" in capsys.readouterr().out
+
+    def test_cost_of_a_head_and_of_populations(self, run, capsys):
+        """Of a frozen base there are no gradients and moments; what reads more than cells is refused."""
+        base = ["config", "cost", f"{ROOT}/configs/finetune.py:head", "--set", f"start={run}", "--json"]
+        assert main([*base, "--set", "model.tasks.cell_type.size=5", "--length", "16"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["parameters"] < 1000 and found["operations"] > 0
+        assert main(["config", "cost", f"{ROOT}/configs/perturb.py:smoke", "--genes", "500"]) == 2
+        assert "label 'set'" in capsys.readouterr().err
 
     def test_published_scgpt_has_the_published_size(self, capsys):
         assert main(["config", "params", str(ROOT / "configs/scgpt.py"), "--genes", "60694"]) == 0
@@ -256,6 +273,7 @@ class TestConfigs:
         ),
         (["config", "show", "configs/none.py"], "configs/none.py"),
         (["config", "show", "configs/scgpt.py:smok"], "smok"),
+        (["config", "show", "configs/scgpt.py", "--set", "modle.d_model=4"], "did you mean 'model'"),
     ],
 )
 def test_bad_input_is_one_clear_line(command, message, files, tmp_path, capsys, monkeypatch):

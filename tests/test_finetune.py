@@ -323,7 +323,7 @@ class TestWhatTheDataSay:
         from scjax.config import from_config
 
         with pytest.raises(ConfigError, match="config.start is missing"):
-            from_config(FinetuneConfig, given | {"data": data, "train": train})
+            _ = from_config(FinetuneConfig, given | {"data": data, "train": train}).base_run
         with pytest.raises(ConfigError, match='go with model.train = "all"'):
             from_config(
                 FinetuneConfig, given | {"data": data, "train": train, "start": "r", "layer_decay": 0.5}

@@ -68,9 +68,9 @@ def encoded(n=300, seed=0, **changes):
     return batch, jax.tree.map(np.asarray, jax.jit(module.encode)(batch, jax.random.key(seed)))
 
 
-def call(module, name, *args):
+def call(module, name, *args, **options):
     """The named method, compiled; eagerly its loops would be compiled one by one."""
-    return jax.tree.map(np.asarray, jax.jit(lambda: getattr(module, name)(*args))())
+    return jax.tree.map(np.asarray, jax.jit(lambda: getattr(module, name)(*args, **options))())
 
 
 def lognorm(batch):
@@ -182,8 +182,8 @@ class TestNetwork:
     def test_depth_to_be_thought_of(self):
         module, batch = module_of(), batch_of()
         own = call(module, "embed", batch)
-        np.testing.assert_allclose(call(module, "embed", batch, "f1"), own, atol=1e-6)
-        deep = call(module, "embed", batch, "t4")
+        np.testing.assert_allclose(call(module, "embed", batch, target="f1"), own, atol=1e-6)
+        deep = call(module, "embed", batch, target="t4")
         np.testing.assert_allclose(call(module_of(target="t4"), "embed", batch), deep, atol=1e-6)
         assert np.abs(deep - own).max() > 1e-3
         found = [call(module, "predict_expression", batch, target) for target in ("same", "f5")]

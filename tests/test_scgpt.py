@@ -236,11 +236,11 @@ class TestGenerative:
             x, gene, valid = module._inputs(tokens, unknown, None, None, False)
             mask, target = tokens.hidden[:, :unknown], tokens.target[:, :unknown]
             total = 0.0
-            cell, states = module._transform(x, valid, unknown, None)
+            cell, states = module._transform(x, valid, x.shape[1], unknown, None)
             total += masked_mse(module.decoder(states[:, :unknown])[0], target, mask)[0]
             total += masked_mse(module.mvc(gene[:, :unknown], cell)[0], target, mask)[0]
             parts = (x[:, :unknown], jax.lax.stop_gradient(cell)[:, None], x[:, unknown + 1 :])
-            _, states = module._transform(jnp.concatenate(parts, 1), valid, unknown, None)
+            _, states = module._transform(jnp.concatenate(parts, 1), valid, x.shape[1], unknown, None)
             total += masked_mse(module.decoder(states[:, :unknown])[0], target, mask)[0]
             return total / mask.sum()
 

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from scjax.cli.shared import out
+from scjax.config import nearest
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+    from scjax.train import RunConfig
     from scjax.train.cost import Job
 
 METHOD = (
@@ -69,24 +71,95 @@ def _change(config: ConfigDict, change: str) -> None:
     with config.unlocked():
         node = config
         for name in path:
+            if name not in node:
+                raise ValueError(
+                    f"--set {change}: there is no {name};{nearest(name, node)} it has {list(node)}"
+                )
             node = node[name]
         with node.ignore_type():
             node[last] = value
 
 
-def resolve(config: ConfigDict) -> dict[str, Any]:
-    """The config with every default filled in.
+def run_of(config: Any) -> RunConfig:
+    """The config as the experiment that it is for takes it: pretraining, fine-tuning, or perturbation.
 
     Raises:
       ConfigError: an unknown or missing key (names the nearest valid one), or a value of a wrong type.
     """
     from scjax import models
     from scjax.config import from_config
+    from scjax.finetune import FinetuneConfig, Finetuned
+    from scjax.finetune.perturb import PerturbConfig
+    from scjax.models.perturbation import Perturbation
     from scjax.train import RunConfig
 
-    run: Any = from_config(RunConfig, config)
+    model: Any = models.resolve(str(config.get("system")))[0]
+    if issubclass(model, Perturbation):
+        return from_config(PerturbConfig, config)
+    if issubclass(model, Finetuned) and not config["model"].get("base"):  # experiments/finetune.py finds it
+        return from_config(FinetuneConfig, config)
+    return from_config(RunConfig, config)
+
+
+def resolve(config: Any) -> dict[str, Any]:
+    """The config with every default filled in.
+
+    Raises:
+      ConfigError: as :func:`run_of`.
+    """
+    from scjax import models
+    from scjax.config import from_config
+
+    run = run_of(config)
     model: Any = from_config(models.resolve(run.system)[1], run.model, where="config.model")
     return dataclasses.asdict(run) | {"model": dataclasses.asdict(model)}
+
+
+def job_model(run: RunConfig, n_genes: int | None) -> tuple[RunConfig, int]:
+    """``(run, size of the vocabulary)``: a run as pretraining would take it, whose model is complete.
+
+    What an experiment takes from the base and the data is put in: sizes of tasks from the corpus where the
+    config gives none. Of perturbations no cell is read.
+
+    Raises:
+      ConfigError: no base is named, or the model has a size that data alone tell.
+      ValueError: the size of the vocabulary, or of a task, is not known.
+    """
+    import scjax
+    from scjax import finetune, models
+    from scjax.config import from_config
+    from scjax.corpus import Corpus
+    from scjax.finetune.perturb import PerturbConfig, fields_of
+    from scjax.train import RunConfig
+
+    def corpus(hint: str) -> Corpus:
+        try:
+            return Corpus.open(str(run.data.corpus))
+        except FileNotFoundError as error:
+            raise ValueError(f"{error}; give {hint}") from None
+
+    begin = None
+    if isinstance(run, finetune.FinetuneConfig):
+        begin = scjax.load(run.base_run)
+    elif isinstance(run, PerturbConfig) and run.start:
+        begin = scjax.load(run.start)
+    if begin is not None:
+        n_genes = len(begin.vocabulary)
+    elif n_genes is None:
+        n_genes = len(corpus("the size of the vocabulary with --genes N").vocabulary)
+    base: Any = {"system": begin.system, "model": begin.config} if begin else run.model.get("base")
+    model = run.model
+    if isinstance(run, PerturbConfig):
+        model = fields_of(run, base, n_genes, {})
+    elif isinstance(run, finetune.FinetuneConfig):
+        wanted: Any = from_config(models.resolve(run.system)[1], run.model, where="config.model")
+        tasks = wanted.tasks
+        if not all(task.size for task in tasks.values()):
+            data = corpus("the sizes of the tasks with --set model.tasks.NAME.size=N")
+            tasks = finetune.complete(tasks, data.columns, data.values)
+        model = dataclasses.asdict(dataclasses.replace(wanted, base=base, tasks=tasks))
+    fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(RunConfig)}
+    return RunConfig(**{**fields, "model": model}), n_genes
 
 
 def job_of(args: argparse.Namespace) -> Job:
@@ -96,10 +169,8 @@ def job_of(args: argparse.Namespace) -> Job:
       ConfigError: as :func:`resolve`, or a device that is in no row of the table.
       ValueError: the size of the vocabulary is not known, or a mesh that is none.
     """
-    from scjax.config import ConfigError, from_config, nearest
-    from scjax.corpus import Corpus
+    from scjax.config import ConfigError
     from scjax.parallel import DEVICES, device_of
-    from scjax.train import RunConfig
     from scjax.train.cost import Job
 
     config = load_config(args.config, args.set)
@@ -108,13 +179,7 @@ def job_of(args: argparse.Namespace) -> Job:
         given["mesh"] = _mesh(args.mesh)
     if getattr(args, "batch", None) is not None:
         given["data"]["batch_size"] = args.batch
-    n_genes = args.genes
-    if n_genes is None:
-        try:
-            n_genes = len(Corpus.open(given["data"]["corpus"]).vocabulary)
-        except FileNotFoundError as error:
-            raise ValueError(f"{error}; give the size of the vocabulary with --genes N") from None
-    run: RunConfig = from_config(RunConfig, given)
+    run, n_genes = job_model(run_of(given), args.genes)
     names = [device.name for device in DEVICES]
     if device_of(args.device) not in DEVICES:  # of one that is met at run time nothing need be known
         raise ConfigError(f"--device {args.device}:{nearest(args.device, names)} Known: {', '.join(names)}")

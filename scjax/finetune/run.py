@@ -49,14 +49,23 @@ class FinetuneConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start is None:
-            raise ConfigError("config.start is missing: the run, or imported model, that is fine-tuned")
         if self.patience is not None and self.patience < 1:
             raise ConfigError(f"config.patience is {self.patience}; give a number of evaluations, from 1")
         if (self.layer_decay != 1 or self.freeze_layers) and self.model.get("train") != "all":
             raise ConfigError('layer_decay and freeze_layers go with model.train = "all"')
         if self.train.probe_every is not None:
             raise ConfigError("train.probe_every is for pretraining: here validation cells have targets")
+
+    @property
+    def base_run(self) -> str:
+        """``start``.
+
+        Raises:
+          ConfigError: there is none.
+        """
+        if self.start is None:
+            raise ConfigError("config.start is missing: the run, or imported model, that is fine-tuned")
+        return self.start
 
 
 def complete(

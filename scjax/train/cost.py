@@ -253,7 +253,10 @@ def lower(job: Job, platform: str) -> dict[str, Any]:
 def main() -> None:
     given = json.load(sys.stdin)
     given["config"] = from_config(RunConfig, given["config"], where="config")
-    print(json.dumps(cost(Job(**given))))
+    try:
+        print(json.dumps(cost(Job(**given))))
+    except (ValueError, KeyError) as error:  # what the config asks for; without the compiler's stack
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
 
 
 if __name__ == "__main__":
