@@ -98,7 +98,7 @@ def _smoke_tables() -> dict[str, str]:
     files = {name: SMOKE / f"{name}.npz" for name in ("spectral", "masked")}
     if not all(file.exists() for file in files.values()):
         cells = datasets.pbmc()
-        graph = coexpression(cells.X, list(cells.var_names), min_cells=100)
+        graph = coexpression(cells.X, list(cells.var_names), min_cells=600)
         made = {"spectral": spectral(graph, 32), "masked": masked_autoencoder(graph, 32, steps=50)[0]}
         SMOKE.mkdir(parents=True, exist_ok=True)
         for name, vectors in made.items():
