@@ -279,10 +279,11 @@ def export_pretrained(model: Model | str | Path, out: str | Path, *, format: str
 
 
 def _tokens(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The context tokens of a model's config, or of that of the model it is built on; the label by which a
-    model normalises is told in the same way."""
+    """The context tokens of a model's config, or of that of the model it is built on; modalities, and the
+    label by which a model normalises, are told in the same way."""
     if "base" in config:
-        return _tokens(config["base"].get("model", {}))
+        modalities: dict[str, Any] = {name: {"kind": "features"} for name in config.get("modalities", {})}
+        return {**_tokens(config["base"].get("model", {})), **modalities}
     label = config.get("batch_label", "dataset")
     by = {label: {"kind": "label"}} if config.get("batch_norm") == "domain" else {}
     return by | config.get("context", {})

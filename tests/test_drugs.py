@@ -224,6 +224,7 @@ def test_bad_tables_are_named(lines, planted):
     told(["'cell_line'", "line"], sample_key="cell_line")
     told(["'line0', 'drug0'", "again", "average"], pd.concat([pairs, pairs.iloc[:2]]))
     told(["row 4", "nan", "1 are missing"], pairs.assign(response=pairs["response"].where(pairs.index != 4)))
+    told(["row 2", "names no sample", "1 such"], pairs.assign(drug=pairs["drug"].where(pairs.index != 2)))
     told(["1 samples", "'linne3'", "'line3'"], pairs.replace({"sample": {"line3": "linne3"}}))
     told(["2 drugs", "'drug1'", "a fingerprint"], fingerprints=fingerprints.drop(index=["drug1", "drug7"]))
     told(["not finite"], fingerprints=fingerprints.replace(1.0, np.inf))

@@ -13,7 +13,7 @@ from multimodal import FEATURES, batch_of, config, drawn, fresh, handle, run, si
 
 from scjax import models
 from scjax.config import ConfigError, from_config
-from scjax.models.modalities import MultimodalConfig, attach, predict
+from scjax.models.modalities import MultimodalConfig, attach, embed, predict
 from scjax.nn import bind
 from scjax.train import Checkpoints
 
@@ -205,7 +205,7 @@ def test_modalities_of_other_cells():
         attach(cells, table.rename(index="x-{}".format), "adt")
     with pytest.raises(ValueError, match="'cell3' is there more than once"):
         attach(cells, table.iloc[[3, 3, 4]], "adt")
-    for bad in (-2.0, 0.5):
+    for bad in (-2.0, 0.5, np.inf):
         wrong = table.copy()
         wrong.loc["cell5", "P1"] = bad
         with pytest.raises(ValueError, match=f"adt: cell 'cell5' has {bad:g} for 'P1'"):
@@ -215,6 +215,18 @@ def test_modalities_of_other_cells():
     attach(cells, other[::-1].copy(), "adt")
     np.testing.assert_array_equal(cells.obsm["adt"].iloc[10:], table.iloc[10:])
     assert cells.obsm["adt"].iloc[:10].isna().all(axis=None)
+
+
+def test_all_that_embeds_reads_all_modalities():
+    """``scjax.embed``, reference indices and evaluation go by ``Model.embed``."""
+    of = trainer()
+    params, buffers = fresh(of)
+    model = handle(of, {"params": params, "buffers": buffers, "step": jnp.zeros(())})
+    cells = simulate(20)
+    own = cells.copy()
+    embed(own, model, key_added="joint")
+    np.testing.assert_allclose(model.embed(cells), own.obsm["joint"], atol=1e-5)
+    assert np.abs(model.embed(cells, context=False) - own.obsm["joint"]).max() > 1e-3
 
 
 def test_predictions_that_cannot_be():

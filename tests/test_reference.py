@@ -140,6 +140,11 @@ def test_cells_without_a_label_do_not_vote():
     # what t0 is called by the other column comes from the few labelled cells near it, or from none
     assert set(obs["scjax_cell_type_best"][~low].astype(str)) == {"t2"}
     assert (obs["scjax_cell_type"][low] == "unassigned").mean() > 0.9
+    voteless = obs["scjax_cell_type_best"].isna().to_numpy()
+    assert voteless.any() and low[voteless].all()
+    assert (obs["scjax_cell_type_set"][voteless] == "t1 | t2 | t3").all()
+    assert obs["scjax_cell_type_entropy"][voteless].isna().all()
+    assert (obs["scjax_cell_type_confidence"][voteless] == 0).all()
 
 
 def test_cosine_does_not_see_length_and_the_nearest_are_those_of_brute_force():
@@ -288,6 +293,45 @@ def test_the_shell_builds_and_maps_with_a_model(run, tmp_path, capsys, monkeypat
     genes.write_h5ad("panel.h5ad")
     assert main(["map", "panel.h5ad", "--reference", "index", "--out", "panel_out.h5ad"]) == 0
     assert "has 30 genes of the model, the reference 100" in capsys.readouterr().err
+
+
+def test_an_index_is_replaced_by_a_whole_one_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cells(60).write_h5ad("ref.h5ad")
+    build = ["map", "build", "ref.h5ad", "--obsm", "X_e", "--labels", "cell_type", "--out", "index"]
+    assert main(build) == 0
+    before = (tmp_path / "index" / "index.json").read_text()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(ad.AnnData, "write_h5ad", full)
+        assert main([*build, "--k", "7", "--force"]) == 2
+    assert (tmp_path / "index" / "index.json").read_text() == before
+    assert main([*build, "--k", "7", "--force"]) == 0
+    assert json.loads((tmp_path / "index" / "index.json").read_text())["k"] == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "ref.h5ad"]
+
+
+def test_cells_are_mapped_with_the_context_of_the_reference(run, tmp_path):
+    """Not with what the query happens to have."""
+    plain = scjax.load(run)
+    config = plain.config | {"context": {"donor": {"kind": "label", "size": 4}}}
+    fresh = initialise(models.build("scgpt", config, len(plain.vocabulary), 0))
+    params = jax.tree.map(lambda x: x + 0.1, fresh["params"])  # a token that says something
+    adata, query = synthetic_adata(60), synthetic_adata(20, seed=1)
+    names = {"donor": sorted(adata.obs["donor"].unique())}
+    model = Model("scgpt", config, plain.vocabulary, params, fresh["buffers"], 0, tmp_path, categories=names)
+    told = scjax.build_reference(adata, model=model, labels="cell_type", k=5)
+    assert told.card["embedding"]["context"] == ["donor"]
+    with pytest.raises(ValueError, match="no 'donor' in obs or obsm, which the reference was embedded with"):
+        told.embed(ad.AnnData(query.X, query.obs[["cell_type"]], query.var), model)
+    blind = scjax.build_reference(adata, model=model, labels="cell_type", k=5, context=False)
+    query.obs["donor"] = "new"
+    vectors = model.embed(query, context=False)
+    own = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.testing.assert_allclose(blind.embed(query, model), own, atol=1e-5)
 
 
 def test_another_model_is_refused_and_a_moved_one_found(run, tmp_path, monkeypatch):

@@ -125,6 +125,11 @@ def test_errors_say_what_and_where():
         ({"values": ["words"]}, ValueError, "words: not a table of numbers"),
         ({"values": ["spatial"]}, ValueError, "is a column of obs and a matrix of obsm as well"),
         ({"values": {"peaks": ["a", "b"]}}, ValueError, "has 40 features without names, not the 2"),
+        (
+            {"values": {"protein": ["CD3_", "P2"]}},
+            ValueError,
+            "none of the 3 .* mean 'CD3_'",
+        ),
         ({"values": {"dose": ["a", "b"]}}, ValueError, "'dose' is an obs column, not the 2 features"),
         (
             {"labels": ["level"], "categories": {"level": ["High", "lower"]}},

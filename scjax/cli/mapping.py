@@ -26,11 +26,18 @@ def build(args: argparse.Namespace) -> int:
         k=args.k,
         metric=args.metric,
         dtype=args.dtype,
-        **({} if args.obsm else _reading(args)),
+        **({} if args.obsm else {**_reading(args), "context": not args.no_context}),
     )
-    if there.exists():
-        shutil.rmtree(there)
-    reference.save(there)
+    if there.exists():  # the old one is there until the new one is whole
+        new, old = (there.with_name(f".{there.name}.{what}") for what in ("new", "old"))
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
+        reference.save(new)
+        there.rename(old)
+        new.rename(there)
+        shutil.rmtree(old)
+    else:
+        reference.save(there)
     onto = f"cells of another {args.group}" if args.group else "the others"
     right = ", ".join(f"{name} {share:.1%}" for name, share in reference.card["own accuracy"].items())
     out.print(
@@ -110,6 +117,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument("--k", type=int, default=15, help="neighbours that vote (default: 15)")
     command.add_argument("--metric", choices=("cosine", "euclidean"), default="cosine")
     command.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="on disk")
+    command.add_argument(
+        "--no-context",
+        action="store_true",
+        help="leave out what obs and obsm tell of cells: for cells of new studies",
+    )
     add_reading(command)
 
     command = commands.add_parser("map", help="label cells by the nearest of a reference (see: map build)")

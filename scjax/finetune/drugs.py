@@ -147,14 +147,20 @@ def pair_cells(
       order of ``pairs``.
 
     Raises:
-      ValueError: columns that are missing, pairs that are there twice, a response that is missing or not
-        finite, samples without a profile, drugs without a fingerprint; names the first and how many.
+      ValueError: columns that are missing, pairs that are there twice, a sample, drug or response that is
+        missing, a response that is not finite, samples without a profile, drugs without a fingerprint; names
+        the first and how many.
     """
     if missing := {"sample", "drug", "response"} - set(pairs.columns):
         raise ValueError(f"the table of pairs has no columns {sorted(missing)}; it has {list(pairs.columns)}")
     if sample_key is not None and sample_key not in profiles.obs:
         raise ValueError(f"profiles: obs has no column {sample_key!r}; it has {list(profiles.obs)}")
     pairs = pairs.reset_index(drop=True)
+    if (unnamed := pairs[["sample", "drug"]].isna().any(axis=1)).any():
+        row = int(np.flatnonzero(unnamed)[0])
+        raise ValueError(
+            f"row {row} of the pairs names no sample or no drug; {int(unnamed.sum())} such: drop them"
+        )
     names = pairs[["sample", "drug"]].astype(str)
     if (twice := names.duplicated()).any():
         row = int(np.flatnonzero(twice)[0])

@@ -64,7 +64,7 @@ def cells(
       CountsError, a ValueError: the matrix does not hold raw counts.
       ValueError: no gene is in the vocabulary, or several columns are the same gene.
       ValueError: a text that is not among the categories (names the nearest); a value that is not numbers, or
-        is infinite, or an array without names that has another number of features than are wanted.
+        is infinite, has none of the features wanted, or another number of them without names.
       KeyError: no such layer, obs column or value; lists those there are.
     """
     from scjax.corpus.sources import open_source
@@ -129,6 +129,12 @@ def _numbers(source: Source, name: str, features: Sequence[str] | None) -> tuple
             f"({', '.join(features[:3])}, ...); a table (DataFrame) in obsm may have any of them, by name"
         )
     own = value.features if value.named else features
+    if not set(own) & set(features):
+        raise ValueError(
+            f"{source.where}: none of the {len(own)} features of {name!r}, such as {own[0]!r}, is among the "
+            f"{len(features)} that are wanted ({', '.join(features[:3])}, ...);"
+            f"{nearest(str(own[0]), features)} Rename them, or leave {name!r} out"
+        )
     return (len(features),), lambda first, last: place(read_value(source, value, first, last), own, features)
 
 

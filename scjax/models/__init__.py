@@ -9,10 +9,11 @@ A model is an ``nnx.Module`` with
 - ``embed(batch, keys=None) -> float32 [B, D]``; ``keys`` [B] are those of dropout, where what is built on the
   embedding trains the model (:mod:`scjax.finetune`); a model that takes none is embedded as in evaluation.
 
-Optional: ``states(batch, keys=None) -> (int32 [B, S], float [B, S, E])``, genes (-1: none) and their states in
-the context of their cell, for tasks at the level of genes; ``context`` in the config, what it is told of a cell
-beside its counts, see :mod:`scjax.nn.context`; ``WHOLE_CELLS = True`` for one that must not be given a sample of a cell's genes
-(``data.max_genes``); ``tables(config)`` for values of genes from outside, see ``scjax.train.gene_tables``;
+Optional: ``states(batch, keys=None) -> (int32 [B, S], float [B, S, E])``, genes (-1: none) and their states
+in the context of their cell, for tasks at the level of genes; ``context`` in the config, what it is told of a
+cell beside its counts, see :mod:`scjax.nn.context`; ``WHOLE_CELLS = True`` for one that must not be given a
+sample of a cell's genes (``data.max_genes``); ``tables(config)`` for values of genes from outside, see
+``scjax.train.gene_tables``;
 ``work(n_genes) -> (tokens, operations)``, each [B], for MFU, see :mod:`scjax.nn.work`;
 ``compares_cells(config)``, a static method, true where the loss compares the cells of a batch, which is then
 cut into micro-batches only where the config says so; ``READOUTS``, for learning rates that hold for all

@@ -4,7 +4,9 @@ Whatever the base system, each panel's features are further tokens of it ("featu
 of the panel is added to its cell embedding; a decoder for each modality, RNA too, reads the sum. In training
 whole modalities are hidden from a cell, and single features of those that are not; what is hidden is
 predicted by a likelihood of counts, so that either modality learns to foretell the other. The base's own
-objective, which sees the tokens, goes on beside. Counts are ``batch.value[name]``; NaN: not measured.
+objective, which sees the tokens, goes on beside. Counts are ``batch.value[name]``; NaN: not measured. Of RNA
+a gene without counts is a zero, also where a study did not measure it, as for all systems: train on the genes
+that the studies share (``data.genes``).
 """
 
 from __future__ import annotations
@@ -275,7 +277,7 @@ def predict(
     if name in sources:
         raise ValueError(f"{name!r} is to be foretold and is among the sources {list(sources)}")
     found = _read(adata, model, lambda module, batch: module.predict(batch)[name], sources=sources, **options)
-    features = model.vocabulary.symbols if name == RNA else _features(model, name)
+    features = model.vocabulary.ids if name == RNA else _features(model, name)
     adata.obsm[key_added or f"scjax_{name}"] = pd.DataFrame(found, adata.obs_names, list(features))
 
 
@@ -393,7 +395,7 @@ def _table(adata: ad.AnnData, name: str, features: Sequence[str]) -> np.ndarray:
 
 def _check_counts(table: pd.DataFrame, name: str) -> None:
     values = table.to_numpy(np.float64)
-    wrong = np.argwhere(~np.isnan(values) & ((values < 0) | (values != np.round(values))))
+    wrong = np.argwhere((values < 0) | np.isinf(values) | (~np.isnan(values) & (values != np.round(values))))
     if len(wrong):
         row, column = wrong[0]
         raise ValueError(

@@ -127,14 +127,15 @@ class Reference:
         return model
 
     def embed(self, adata: anndata.AnnData, model: Model | None = None, **options: Any) -> np.ndarray:
-        """float32 [n_obs, D]: cells as the cells of the reference were embedded.
+        """float32 [n_obs, D]: cells as the cells of the reference were embedded, told the same context.
 
         Args:
           model: from :meth:`model`.
-          **options: of :meth:`scjax.api.Model.embed`.
+          **options: ``batch_size``, ``layer``, ``progress``, see :func:`scjax.embed`.
 
         Raises:
-          ValueError: no such obsm matrix, or one of another width; vectors that are not finite.
+          ValueError: no such obsm matrix, or one of another width; vectors that are not finite; cells without
+            the context that those of the reference had.
         """
         made = self.card["embedding"]
         if "obsm" in made:
@@ -142,7 +143,12 @@ class Reference:
         else:
             model = model or self.model()
             assert model is not None
-            vectors = model.embed(adata, **options)
+            if (told := made["context"]) and (lacks := sorted({*told} - {*adata.obs.columns, *adata.obsm})):
+                raise ValueError(
+                    f"the cells have no {lacks[0]!r} in obs or obsm, which the reference was embedded with: "
+                    "add it, or build the reference with context=False (map build --no-context)"
+                )
+            vectors = model.embed(adata, context=told, **options)
         return scaled(vectors, self.card["metric"])
 
     def search(self, vectors: np.ndarray, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -188,6 +194,7 @@ def build_reference(
     dtype: Literal["float32", "float16"] = "float32",
     unlabelled: str = "unlabelled",
     seed: int = 0,
+    context: bool | Sequence[str] = True,
     **options: Any,
 ) -> Reference:
     """An index of labelled cells, which :func:`map_cells` maps others onto.
@@ -206,6 +213,8 @@ def build_reference(
       dtype: of the vectors on disk.
       unlabelled: value of a label column that means none.
       seed: of the sample of cells that are mapped onto the others, if there are more than 10,000.
+      context: what the model is told of the cells beside counts, see :func:`scjax.embed`; cells are then
+        mapped with the same. False to map cells of studies that the model was not trained on.
       **options: ``batch_size``, ``layer``, ``progress``, see :func:`scjax.embed`.
 
     Raises:
@@ -241,8 +250,13 @@ def build_reference(
         card["embedding"] = {"obsm": obsm}
     else:
         model = as_model(model)
-        vectors = model.embed(cells, **options)
-        card |= {"embedding": identity(model), "genes": gene_overlap(model, cells, options.get("layer"))}
+        told = model.context_in(cells, context)
+        names = [*told["labels"], *told["values"]]
+        vectors = model.embed(cells, context=names, **options)
+        card |= {
+            "embedding": identity(model) | {"context": names},
+            "genes": gene_overlap(model, cells, options.get("layer")),
+        }
     vectors = scaled(vectors, metric).astype(dtype)
     own = _own(vectors, obs, labels, group, k, seed)
     card |= {"cells": len(obs), "dimensions": vectors.shape[1], "dtype": dtype, "metric": metric, "k": k}
@@ -274,7 +288,8 @@ def _own(
         if not judged.any():
             raise ValueError(f"no label of obs[{name!r}] occurs in two groups of obs[{group!r}]")
         put(f"{name} share", np.where(judged, share.max(1), np.nan))
-        put(f"{name} correct", np.where(judged, share.argmax(1) == true, np.nan))
+        right = (share.argmax(1) == true) & (share.max(1) > 0)  # without any vote nothing is
+        put(f"{name} correct", np.where(judged, right, np.nan))
         put(f"{name} true", np.where(judged, share[np.arange(len(true)), np.maximum(true, 0)], np.nan))
     return own
 

@@ -38,10 +38,10 @@ def map_cells(
       ``scjax_cell_type``: the label, or "unassigned" where the cell lies outside the reference or the label's
         share of the votes is below the threshold that keeps errors among labelled cells of the reference
         below ``error`` (:func:`scjax.finetune.calibration.unassigned_rule`, with a certainty of 90 %);
-      ``scjax_cell_type_best``: the most voted label in any case;
+      ``scjax_cell_type_best``: the most voted label in any case; missing where no neighbour has a label;
       ``scjax_cell_type_confidence``: how often the reference's own cells with such a share of the votes had
         been given the right label (isotonic regression of correct on share);
-      ``scjax_cell_type_entropy``: of the votes, 0 (one label) to 1 (all alike);
+      ``scjax_cell_type_entropy``: of the votes, 0 (one label) to 1 (all alike); NaN without any;
       ``scjax_cell_type_set``: the labels that cannot be ruled out, joined by " | ": for at most ``error`` of
         cells like those of the reference the right one is not among them (split conformal sets; Vovk et al.
         2005, with leave-one-out scores).
@@ -126,9 +126,9 @@ def _transfer(
     given = np.where(known, names[best], UNASSIGNED)
     return {
         "": pd.Categorical(given, categories=[*names[names != UNASSIGNED], UNASSIGNED]),
-        "_best": pd.Categorical(names[best], categories=names),
+        "_best": pd.Categorical.from_codes(np.where(top > 0, best, -1), categories=names),
         "_confidence": _confidence(judged, top),
-        "_entropy": np.abs(plogp.sum(1)) / np.log(len(names)),
+        "_entropy": np.where(top > 0, np.abs(plogp.sum(1)) / np.log(len(names)), np.nan),
         "_set": [" | ".join(names[row]) for row in members],
     }
 
@@ -140,7 +140,8 @@ def _typicality(
     the share of the own cells, the cell counted among them, that lie as far. A label with fewer than
     ``MIN_OWN`` cells is judged by all of them."""
     own, code = reference.own["distance"].to_numpy(np.float64), reference.obs[label].cat.codes.to_numpy()
-    ratio, typical, best = np.ones(len(share)), np.ones(len(share)), share.argmax(1)
+    ratio, typical = np.ones(len(share)), np.ones(len(share))
+    best = np.where(share.max(1) > 0, share.argmax(1), -2)  # without any vote: among all cells
     for b in np.unique(best):
         among = np.sort(own[(code == b) & np.isfinite(own)])
         if len(among) < MIN_OWN:
@@ -154,12 +155,13 @@ def _typicality(
 
 def _sets(true_share: pd.Series, share: np.ndarray, error: float) -> np.ndarray:
     """bool [n, labels]: the most voted label, and those whose share a right label falls below in at most
-    ``error`` of the reference's own cells."""
+    ``error`` of the reference's own cells; all of them where none has a vote."""
     scores = np.sort(1 - true_share.dropna().to_numpy(np.float64))
     rank = int(np.ceil((len(scores) + 1) * (1 - error)))
     limit = scores[rank - 1] if rank <= len(scores) else 1.0
     members = 1 - share <= limit + 1e-6  # shares are stored in single precision
     members[np.arange(len(share)), share.argmax(1)] = True
+    members[share.max(1) == 0] = True
     return members
 
 
