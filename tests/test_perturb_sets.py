@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from scjax.datasets import perturbed
+from scjax.eval.perturbation_data import Keys
 from scjax.genes import Vocabulary
 from scjax.loader.conditions import Conditions
 from scjax.loader.sets import PerturbedCells, Sets, predict_cells
@@ -19,6 +20,10 @@ def conditions(**changes):
 
 def experiment(cells=CELLS, **changes):
     return PerturbedCells(cells, conditions(**changes), context_key="cell_line")
+
+
+HOLED = CELLS.uns["features"].copy()
+HOLED.iloc[2, 1] = np.nan
 
 
 # ------------------------------------------------------------------------------------------ names
@@ -45,11 +50,23 @@ def test_names_of_conditions():
         ("nan", {}, "targets", ValueError, "names no condition; the control is called 'control'"),
         ("T9", {"features": CELLS.uns["features"]}, "features", KeyError, "5 features has no row 'T9'"),
         ("T0", {"dosed": True}, "dose", ValueError, "has the dose 0.0; a dose above 0"),
+        ("T0+T2", {"features": HOLED}, "features", ValueError, "the features of 'T2' hold NaN or infinite"),
     ],
 )
 def test_conditions_that_cannot_be_told(name, options, wanted, error, told):
     with pytest.raises(error, match=told):
         conditions(**options).read(name, wanted=[wanted])
+
+
+def test_tables_of_features_that_cannot_be_read():
+    table = CELLS.uns["features"]
+    np.testing.assert_array_equal(
+        conditions(features=HOLED).read("T3")["features"], np.float32(table.loc["T3"])
+    )
+    with pytest.raises(ValueError, match="several rows of 'T1'; keep one"):
+        conditions(features=table.set_axis(["T0", "T1", "T1", "T3", "T4"]))
+    with pytest.raises(ValueError, match="holds what is no number: could not convert string to float: 'x'"):
+        conditions(features=table.assign(name="x"))
 
 
 # ------------------------------------------------------------------------------------------ cells
@@ -115,6 +132,72 @@ def test_every_condition_comes_once_a_round_and_training_cells_alone():
     assert train[rows].all()
 
 
+def test_what_is_not_trained_has_no_learned_vector():
+    """Neither conditions kept for validation, nor labels of contexts in which all is held out or kept."""
+    cells = PerturbedCells(CELLS, conditions(), context_key="cell_line", labels=["cell_line"])
+    both = ["cell_line", "perturbation"]
+    kept = [("T0", 0.0, "one"), ("T0", 0.0, "two"), ("T1", 0.0, "one")]
+    some = cells.training(np.ones(len(CELLS), bool), kept)
+    assert "T0" not in some.conditions.seen and "T1" in some.conditions.seen and set(kept) < set(some.groups)
+    some.check(("T1", 0.0, "one"), both)
+    with pytest.raises(KeyError, match="'T0' was never seen in training"):
+        some.check(kept[0], both)
+    line = CELLS.obs["cell_line"].to_numpy()
+    for given in (
+        (line == "two", ()),
+        (np.ones(len(CELLS), bool), [k for k in cells.groups if k[2] == "one"]),
+    ):
+        half = cells.training(*given)
+        assert half.categories == {"cell_line": ["two"]}
+        np.testing.assert_array_equal(half.labels["cell_line"], np.where(line == "two", 0, -1))
+        half.check(("T1", 0.0, "one"), ["perturbation"])
+        with pytest.raises(KeyError, match="'T1' in 'one': control cells have a 'cell_line' that was never"):
+            half.check(("T1", 0.0, "one"), both)
+        with pytest.raises(KeyError, match="knows .'two'.: a learned table has no row"):
+            predict_cells(None, half, [("T1", 0.0, "one")], batch_size=8, set_size=4, wanted=both)
+
+
+DOSED = perturbed(n_genes=6, n_targets=2, doses=(1.0, 10.0), cells=3)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda dose: dose.astype(int),
+        lambda dose: (dose / 10).astype(np.float32),
+        lambda dose: dose.map(lambda d: f"{d:g}"),
+        lambda dose: dose.map("{:.2f}".format).astype("category"),
+        lambda dose: dose.where(dose > 0),
+    ],
+    ids=["integers", "float32", "text", "categories", "floats and none"],
+)
+def test_doses_are_written_as_the_cells_have_them(write):
+    cells = DOSED.copy()
+    cells.obs["dose"] = write(cells.obs["dose"])
+    told = Conditions(Vocabulary(list(cells.var_names)), kind="chemical", dosed=True)
+    whole = PerturbedCells(cells, told, dose_key="dose")
+    sizes = {"batch_size": 8, "set_size": 4, "max_cells": 2}
+    out = predict_cells(lambda b: b.value["perturbed_count"], whole, sorted(whole.groups), **sizes)
+    keys = Keys("perturbation", "control", None, "dose", "chemical")
+    assert set(keys.conditions(out.obs)) == set(keys.conditions(cells.obs))
+
+
+@pytest.mark.parametrize(
+    "doses, message",
+    [
+        (("10 uM", "10"), "of cells of 'T0' is '10 uM'; doses are numbers above 0"),
+        (("-1", "10"), "is '-1'; doses are"),
+        (("10.0", "10"), "is '10' and '10.0', which is one dose"),
+    ],
+)
+def test_doses_that_cannot_be_read(doses, message):
+    cells = DOSED.copy()
+    cells.obs["dose"] = np.resize(doses, len(cells))
+    told = Conditions(Vocabulary(list(cells.var_names)), kind="chemical", dosed=True)
+    with pytest.raises(ValueError, match=message):
+        PerturbedCells(cells, told, dose_key="dose")
+
+
 def test_batches_follow_from_seed_and_step_on_any_number_of_processes():
     cells = experiment()
     whole = Sets(cells, 16, 4, seed=1)
@@ -158,5 +241,7 @@ def test_missing_names_are_left_out_and_counted():
     cells = CELLS.copy()
     cells.obs["perturbation"] = cells.obs["perturbation"].astype(object)
     cells.obs.iloc[:3, 0] = [np.nan, "unlabelled", ""]
-    assert experiment(cells).dropped == {"no condition named, or no counts": 3}
+    cells.obs["cell_line"] = cells.obs["cell_line"].astype(object)
+    cells.obs.iloc[-2:, 1] = [np.nan, "unknown"]
+    assert experiment(cells).dropped == {"no condition or context named, or no counts": 5}
     assert isinstance(cells.obs, pd.DataFrame)

@@ -32,6 +32,9 @@ class Conditions:
       features: a description of every gene, compound or stimulus [name x d] (fingerprints, vectors of
         genes), so that those never seen can be asked for; a combination is the sum of its genes. None: none.
       dosed: conditions have a dose.
+
+    Raises:
+      ValueError: features that are no numbers, or several rows of one name.
     """
 
     vocabulary: Vocabulary
@@ -41,6 +44,17 @@ class Conditions:
     size: int = 2
     features: pd.DataFrame | None = None
     dosed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.features is None:
+            return
+        if self.features.index.has_duplicates:
+            twice = self.features.index[self.features.index.duplicated()][0]
+            raise ValueError(f"the table of features has several rows of {str(twice)!r}; keep one")
+        try:
+            self.features.to_numpy(np.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the table of features holds what is no number: {error}") from None
 
     def parts(self, name: str) -> tuple[str, ...]:
         """The perturbed genes of a condition in one order, or its only name; () for the control.
@@ -89,7 +103,8 @@ class Conditions:
         Raises:
           KeyError: a condition never seen, a gene not in the vocabulary, a name without features; says which,
             and the nearest.
-          ValueError: a dose that is missing or not above 0.
+          ValueError: a dose that is missing or not above 0; features that are not finite, where they are
+            wanted: NaN is how the control is told.
         """
         parts = self.parts(name)
         d = 0 if self.features is None else self.features.shape[1]
@@ -127,7 +142,14 @@ class Conditions:
                         f"{absent[0]!r}{_near(absent[0], names)}"
                     )
             else:
-                out["features"] = self.features.loc[list(parts)].to_numpy(np.float32).sum(0)
+                rows = self.features.loc[list(parts)].to_numpy(np.float32)
+                if "features" in wanted and not (finite := np.isfinite(rows).all(1)).all():
+                    raise ValueError(
+                        f"condition {name!r}: the features of {parts[int(finite.argmin())]!r} hold NaN or "
+                        "infinite values, which would be read as nothing done; fill them in, or leave its "
+                        "cells out"
+                    )
+                out["features"] = rows.sum(0)
         if self.dosed:
             if not dose > 0:
                 raise ValueError(f"condition {name!r} has the dose {dose}; a dose above 0 is needed")

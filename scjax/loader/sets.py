@@ -40,6 +40,9 @@ class PerturbedCells:
       depth: float32 [cells], total counts over all genes, those outside the vocabulary as well.
       controls: context -> rows of its unperturbed cells.
       groups: (condition, dose, context) -> rows.
+      written: the dose of each of them as ``obs`` has it; "" without doses.
+      labels, categories: label -> int32 [cells], codes, -1 for a category that the model was not trained on;
+        label -> names of the codes.
       dropped: why cells are left out -> how many.
     """
 
@@ -66,7 +69,8 @@ class PerturbedCells:
         Raises:
           KeyError: no such column; lists those there are.
           ValueError: no control cells, or none in a context that has perturbed ones; no gene in the
-            vocabulary; a label that ``categories`` does not have.
+            vocabulary; a label that ``categories`` does not have; a dose that is no number above 0, or
+            written in two ways.
         """
         from scjax.corpus.sources import open_source
 
@@ -96,20 +100,22 @@ class PerturbedCells:
         self.keys = {"name": perturbation_key, "dose": dose_key, "context": context_key}
         column = dict(zip(ids[known][::-1].tolist(), known[::-1].tolist(), strict=True))
         self.names = [str(source.var.index[column[gene]]) for gene in self.panel.tolist()]
-        names = obs[perturbation_key].astype(object).map(lambda v: "" if pd.isna(v) else str(v).strip())
+        names = _text(obs, perturbation_key).str.strip()
         canonical = {n: conditions.canonical(n) for n in set(names) if n.lower() not in UNNAMED}
-        context = obs[context_key].astype(str) if context_key else pd.Series("", obs.index)
-        dose = obs[dose_key].astype(float) if dose_key else pd.Series(0.0, obs.index)
+        context, said = _text(obs, context_key), _text(obs, dose_key)
+        dose = pd.to_numeric(said, errors="coerce") if dose_key else pd.Series(0.0, obs.index)
         table = pd.DataFrame(
             {
                 "name": names.map(canonical).to_numpy(object),
-                "dose": dose.to_numpy(),
+                "dose": dose.to_numpy(float),
                 "context": context.to_numpy(object),
             }
         )
         table.loc[table["name"] == conditions.control, "dose"] = 0.0
-        whole = table["name"].notna() & (self.depth > 0)
-        self.dropped = {"no condition named, or no counts": int((~whole).sum())} if (~whole).any() else {}
+        named = table["name"].notna() & (~table["context"].str.lower().isin(UNNAMED) | (context_key is None))
+        whole = named & (self.depth > 0)
+        why = "no condition or context named, or no counts"
+        self.dropped = {why: int((~whole).sum())} if (~whole).any() else {}
         grouped = table[whole].groupby(["name", "dose", "context"], dropna=False, sort=True).indices
         at = np.flatnonzero(whole)
         every = {(str(n), float(d), str(c)): at[rows] for (n, d, c), rows in grouped.items()}
@@ -120,6 +126,15 @@ class PerturbedCells:
                 f"{where}: no control cells: none in obs[{perturbation_key!r}] is called "
                 f"{conditions.control!r} (there are {', '.join(sorted(canonical)[:6])}, ...)"
             )
+        self.written: dict[Asked, str] = {}
+        for one, rows in self.groups.items():
+            texts = sorted(set(said.iloc[rows]))
+            said_of = f"{where}: obs[{dose_key!r}] of cells of {one[0]!r} is {texts[0]!r}"
+            if dose_key and not 0 < one[1] < np.inf:
+                raise ValueError(f"{said_of}; doses are numbers above 0")
+            if len(texts) > 1:
+                raise ValueError(f"{said_of} and {texts[1]!r}, which is one dose; write it in one way")
+            self.written[one] = texts[0]
         if lost := sorted({c for _, _, c in self.groups} - set(self.controls)):
             raise ValueError(
                 f"{where}: perturbed cells but no control cells where obs[{context_key!r}] is {lost[0]!r} "
@@ -138,22 +153,63 @@ class PerturbedCells:
             self.categories[name] = there
             self.labels[name] = pd.Categorical(text, categories=there).codes.astype(np.int32)
 
-    def training(self, keep: np.ndarray) -> PerturbedCells:
-        """Those that may be learned from, bool [cells]; the names among them are ``conditions.seen``.
+    def training(self, keep: np.ndarray, kept: Sequence[Asked] = ()) -> PerturbedCells:
+        """Those that may be learned from, bool [cells].
 
+        The names among them are ``conditions.seen``, but those of ``kept`` alone, conditions that are not
+        trained on (for validation); the categories of labels are those of the control cells that stand
+        beside what is trained on. A learned table has rows of these and no others, see :meth:`check`.
         Contexts that have no control cells among them keep theirs: they are where one predicts from.
         """
         here = copy.copy(self)
-        kept = {key: rows[keep[rows]] for key, rows in self.groups.items()}
-        here.groups = {key: rows for key, rows in kept.items() if len(rows)}
+        ours = {key: rows[keep[rows]] for key, rows in self.groups.items()}
+        here.groups = {key: rows for key, rows in ours.items() if len(rows)}
         here.controls = {
             context: rows[keep[rows]] if keep[rows].any() else rows for context, rows in self.controls.items()
         }
-        seen = tuple(sorted({name for name, _, _ in here.groups}))
+        learned = set(here.groups) - set(kept)
+        seen = tuple(sorted({name for name, _, _ in learned}))
         here.conditions = dataclasses.replace(self.conditions, seen=seen)
+        beside = [here.controls[context] for context in sorted({context for _, _, context in learned})]
+        here.labels, here.categories = {}, {}
+        for name, codes in self.labels.items():
+            used = np.setdiff1d(codes[np.concatenate(beside)] if beside else [], -1).astype(int)
+            code = np.full(len(self.categories[name]) + 1, -1, np.int32)  # the last is that of -1
+            code[used] = np.arange(len(used))
+            here.labels[name] = code[codes]
+            here.categories[name] = [self.categories[name][i] for i in used]
         vars(here).pop("hash", None)
         vars(here).pop("length", None)
         return here
+
+    def check(self, one: Asked, wanted: Sequence[str] = ()) -> None:
+        """Raises where a model cannot be told a condition and its control cells.
+
+        Raises:
+          KeyError, ValueError: see :meth:`Conditions.read`; no control cells in the context, or some of a
+            category of a wanted label that is not in training.
+        """
+        name, dose, context = one
+        self.conditions.read(name, dose, wanted=wanted)
+        if context not in self.controls:
+            raise ValueError(
+                f"{self.where}: no control cells in {context!r} to predict {name!r} from; there are some in "
+                f"{sorted(self.controls)[:8]}"
+            )
+        for label, codes in self.labels.items():
+            if label in wanted and (codes[self.controls[context]] < 0).any():
+                place = f" in {context!r}" if context else ""
+                raise KeyError(
+                    f"condition {name!r}{place}: control cells have a {label!r} that was never seen in "
+                    f"training, which knows {self.categories[label][:8]}: a learned table has no row for it. "
+                    "Do not tell the model this label, or train on some of it"
+                )
+
+    def table(self, asked: Sequence[Asked]) -> pd.DataFrame:
+        """The columns of ``obs`` that say of what condition a cell is, a row for each of ``asked``."""
+        rows = [(name, self.written.get((name, dose, c), str(dose or "")), c) for name, dose, c in asked]
+        table = pd.DataFrame(rows, columns=["name", "dose", "context"])
+        return pd.DataFrame({key: table[what] for what, key in self.keys.items() if key is not None})
 
     @functools.cached_property
     def hash(self) -> str:
@@ -261,7 +317,7 @@ class Sets:
         for one in self.asked:
             if one not in cells.groups:
                 raise KeyError(f"{cells.where}: no cells of condition {one}")
-            cells.conditions.read(one[0], one[1], wanted=wanted)
+            cells.check(one, wanted)
         if set_size < 2 or batch_size % set_size or batch_size % process_count:
             raise ValueError(
                 f"batch_size = {batch_size} must hold whole sets of set_size = {set_size} (at least 2) and "
@@ -366,7 +422,7 @@ def predict_cells(
       :func:`scjax.eval.perturbation` takes. The control cells come last, as they are.
 
     Raises:
-      KeyError, ValueError: conditions that the model cannot be told, or a context without control cells.
+      KeyError, ValueError: conditions that the model cannot be told, see :meth:`PerturbedCells.check`.
     """
     import anndata as ad
 
@@ -374,13 +430,8 @@ def predict_cells(
     start: dict[str, np.ndarray] = {}
     sets = (np.arange(batch_size) // set_size).astype(np.int32)
     for one in asked:
-        name, dose, context = one
-        cells.conditions.read(name, dose, wanted=wanted)
-        if context not in cells.controls:
-            raise ValueError(
-                f"{cells.where}: no control cells in {context!r} to predict {name!r} from; there are some in "
-                f"{sorted(cells.controls)[:8]}"
-            )
+        cells.check(one, wanted)
+        context = one[2]
         rows = cells.controls[context]
         rows = start[context] = rows[np.sort(permutation("asked", context, n=len(rows))[:max_cells])]
         for first in range(0, len(rows), batch_size):
@@ -393,7 +444,12 @@ def predict_cells(
     for context, rows in start.items():
         blocks.append(np.log1p(cells.counts[rows].toarray() * (1e4 / cells.depth[rows])[:, None]))
         obs += [(cells.conditions.control, 0.0, context)] * len(rows)
-    table = pd.DataFrame(obs, columns=["name", "dose", "context"], index=[f"p{i}" for i in range(len(obs))])
-    table["dose"] = table["dose"].map(lambda dose: str(dose) if dose else "")
-    named = {key: table[column] for column, key in cells.keys.items() if key is not None}
-    return ad.AnnData(np.concatenate(blocks), pd.DataFrame(named), pd.DataFrame(index=cells.names))
+    table = cells.table(obs).set_axis([f"p{i}" for i in range(len(obs))])
+    return ad.AnnData(np.concatenate(blocks), table, pd.DataFrame(index=cells.names))
+
+
+def _text(obs: pd.DataFrame, key: str | None) -> pd.Series:
+    """A column as :mod:`scjax.eval` reads it; "" where nothing is written, or for no column."""
+    if key is None:
+        return pd.Series("", obs.index, object)
+    return obs[key].astype(object).map(lambda v: "" if pd.isna(v) else str(v)).astype(object)
