@@ -19,21 +19,19 @@ from contextlib import closing
 from typing import Any
 
 import anndata as ad
-import pandas as pd
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 import scjax
 import scjax.eval
 from scjax.config import from_config
-from scjax.eval.perturbation_data import perturbation_split
-from scjax.finetune.perturb import PerturbConfig, conditions_of, fields_of, predictor
+from scjax.eval.perturbation_data import Keys, perturbation_split, study
+from scjax.finetune.perturb import PerturbConfig, conditions_of, divide, features_of, fields_of, predictor
 from scjax.launch.capture import capture
 from scjax.launch.codes import REQUEUE
-from scjax.loader.order import permutation
-from scjax.loader.sets import PerturbedCells, Sets, predict_cells
+from scjax.loader.sets import Asked, PerturbedCells, Sets, predict_cells
 from scjax.models import build
-from scjax.models.perturbation import PerturbationConfig
 from scjax.parallel import (
     Prefetch,
     barrier,
@@ -59,6 +57,7 @@ from scjax.train import (
     make_eval_step,
     make_optimizer,
     make_train_step,
+    micro_batches,
     open_run,
     start_from,
 )
@@ -71,8 +70,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory: new, or that
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def read_cells(config: PerturbConfig) -> tuple[ad.AnnData, str, pd.DataFrame | None]:
-    """Cells, the column that says which are for training, and the table of features."""
+def read_cells(config: PerturbConfig) -> tuple[ad.AnnData, str]:
+    """Cells, and the column that says which are for training."""
     told, path = config.told, config.data.corpus
     cells = scjax.datasets.perturbed() if path == "simulated" else ad.read_h5ad(str(path))
     split = told.split
@@ -84,12 +83,21 @@ def read_cells(config: PerturbConfig) -> tuple[ad.AnnData, str, pd.DataFrame | N
         cells.obs[split] = marked
     elif split not in cells.obs:
         raise KeyError(f"{path}: no obs column {split!r} of the split; there are {list(cells.obs)}")
-    features = None
-    if told.features and told.features.startswith("uns/"):
-        features = pd.DataFrame(cells.uns[told.features[4:]])
-    elif told.features:
-        features = pd.read_csv(told.features, sep="\t", index_col=0)
-    return cells, split, features
+    return cells, split
+
+
+def check_scoring(
+    config: PerturbConfig, adata: ad.AnnData, split: str, cells: PerturbedCells, asked: list[Asked]
+) -> None:
+    """Raises ValueError where what is held out could not be scored after the training."""
+    told = config.told
+    keys = Keys(told.perturbation, told.control, told.context, told.dose, told.kind)
+    test = study(adata, keys, cells.names, split, None, 0).test
+    if lost := sorted(set(test) - set(keys.conditions(cells.table(asked)))):
+        raise ValueError(
+            f"{cells.where}: {str(lost[0])!r} is held out ({len(lost)} such) and would be predicted under "
+            f"another name; write names in obs[{told.perturbation!r}] without blanks around them"
+        )
 
 
 def perturb(config: PerturbConfig, workdir: str, preemption: Preemption) -> bool:
@@ -98,18 +106,15 @@ def perturb(config: PerturbConfig, workdir: str, preemption: Preemption) -> bool
     told = config.told
 
     # ---------------------------------------------------------------------- cells and conditions
-    adata, split, features = read_cells(config)
+    adata, split = read_cells(config)
+    features = features_of(told, adata)
     begin = scjax.load(config.start) if config.start else None
     conditions = conditions_of(config, adata, features, begin.vocabulary if begin else None)
     vocabulary = conditions.vocabulary
-    labels = told.labels
-    columns = {"perturbation_key": told.perturbation, "context_key": told.context, "dose_key": told.dose}
-    whole = PerturbedCells(adata, conditions, labels=labels, **columns)
-    cells = whole.training(adata.obs[split].to_numpy(bool))
-    asked = sorted(set(whole.groups) - set(cells.groups))
-    learned = sorted(cells.groups)
-    mixed = [learned[i] for i in permutation("validation", config.seed, n=len(learned))]
-    kept = mixed[: round(told.validation * len(mixed))]
+    columns: Any = {"perturbation_key": told.perturbation, "context_key": told.context, "dose_key": told.dose}
+    whole = PerturbedCells(adata, conditions, labels=told.labels, **columns)
+    cells, asked, kept = divide(whole, adata.obs[split], told, config.seed)
+    check_scoring(config, adata, split, cells, asked)
 
     # ------------------------------------------------------------------------- model and devices
     base = {"system": begin.system, "model": begin.config} if begin else config.model["base"]
@@ -120,19 +125,14 @@ def perturb(config: PerturbConfig, workdir: str, preemption: Preemption) -> bool
     layout = layout_for(config.mesh, count_parameters(model))
     mesh = layout.mesh
     index, count = process_shard(mesh)
-    wanted = from_config(PerturbationConfig, fields).wanted
-    for name, dose, _ in asked:  # before any training
-        cells.conditions.read(name, dose, wanted=wanted)
-    shared: dict[str, Any] = {"wanted": wanted, "process_index": index, "process_count": count}
-    loader = Sets(
-        *(cells, config.data.batch_size, told.set_size),
-        conditions=[c for c in learned if c not in kept],
-        seed=config.seed,
-        **shared,
-    )
+    shared: dict[str, Any] = {"wanted": told.wanted, "process_index": index, "process_count": count}
+    learned = sorted(set(cells.groups) - set(kept))
+    sizes = {"batch_size": config.data.batch_size, "set_size": told.set_size}
+    loader = Sets(cells, **sizes, conditions=learned, seed=config.seed, **shared)
     validation = None
     if kept:
-        validation = Sets(cells, config.data.batch_size, told.set_size, conditions=kept, **shared)
+        validation = Sets(cells, **sizes, conditions=kept, **shared)
+    accumulate = micro_batches(config, model, cells.length, layout)
 
     # ------------------------------------------------------------------------- the run directory
     tables = gene_tables(config.system, fields, config.tables, model, vocabulary, None) if not begin else None
@@ -152,7 +152,7 @@ def perturb(config: PerturbConfig, workdir: str, preemption: Preemption) -> bool
     steps = config.train.steps
     tx, schedule = make_optimizer(config.optimizer, steps, model, None)
     abstract = abstract_state(model, tx, mesh, layout.rules, ema=config.optimizer.ema is not None)
-    how = {"guard": config.train.guard, "ema": config.optimizer.ema, "accumulate": config.train.accumulate}
+    how = {"guard": config.train.guard, "ema": config.optimizer.ema, "accumulate": accumulate}
     train_step = make_train_step(model, tx, abstract, seed=config.seed, layout=layout, **how)
     eval_step = make_eval_step(model, abstract, seed=config.seed, layout=layout)
 
@@ -204,21 +204,20 @@ def perturb(config: PerturbConfig, workdir: str, preemption: Preemption) -> bool
                 checkpoints.save(step, state, batches.get_state())
 
     # -------------------------------------------------------------- what was held out, predicted
-    if not leaving and asked:
+    if not leaving:
         one = predictor(model, abstract, layout, state)
-        sizes = {"batch_size": config.data.batch_size, "set_size": told.set_size}
-        predicted = predict_cells(one, cells, asked, **sizes, wanted=wanted, max_cells=told.max_cells)
+        predicted = predict_cells(one, cells, asked, **sizes, wanted=told.wanted, max_cells=told.max_cells)
         if process == 0:
             predicted.write_h5ad(run.path / "predictions.h5ad")
-            keys = {"context_key": told.context, "dose_key": told.dose, "control": told.control}
+            described = {} if features is None else {"features": features[np.isfinite(features).all(axis=1)]}
             results = scjax.eval.perturbation(
                 *(adata, {"model": predicted}),
-                **keys,
-                perturbation_key=told.perturbation,
+                **columns,
+                control=told.control,
                 train=split,
                 kind=told.kind,
-                gene_embeddings=None if features is None else {"features": features},
-                baselines=() if features is None else ("features",),
+                gene_embeddings=described,
+                baselines=tuple(described),
                 n_boot=200,
                 dataset=str(config.data.corpus),
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ import pandas as pd
 from scjax.config import ConfigError, from_config
 from scjax.genes import Vocabulary
 from scjax.loader.conditions import UNPERTURBED, Conditions, Kind
+from scjax.loader.order import permutation
+from scjax.loader.sets import Asked, PerturbedCells
 from scjax.models.perturbation import Perturbation, PerturbationConfig
 from scjax.nn import bind
 from scjax.nn.context import ContextToken
@@ -34,12 +37,14 @@ class Told:
       perturbation, control, context, dose: columns of obs, and the name of unperturbed cells; None for no
         such column. Effects are within contexts (cell line, cell type, donor).
       kind: see :class:`scjax.loader.conditions.Conditions`.
-      split: obs column, True for the cells to learn from; None to hold out ``fraction`` of what ``unseen``
-        says, see :func:`scjax.eval.perturbation_split`.
-      validation: share of the training conditions that is kept for the validation loss.
+      split: obs column, True for the cells to learn from and False for those held out; None to hold out
+        ``fraction`` of what ``unseen`` says, see :func:`scjax.eval.perturbation_split`.
+      validation: share of the training conditions that is kept for the validation loss. Where the model is
+        told learned vectors, only conditions whose vectors are trained on others are kept.
       features: table of what is perturbed, tab-separated with names first, or "uns/KEY" of the cells.
       tokens, shift: what is told to the base, and to the decoder: "targets", "features", "dose",
-        "perturbation", or a column of obs, of the control cells.
+        "perturbation", or a column of obs, of the control cells. The last two have a learned vector for each
+        of their values in training; a condition with another value is refused, as it has none.
       targets: perturbed genes of a condition, at most.
       set_size: cells of a set.
       max_cells: predicted cells of a condition, at most.
@@ -62,9 +67,14 @@ class Told:
     max_cells: int = 256
 
     @property
+    def wanted(self) -> tuple[str, ...]:
+        """All that the model is told."""
+        return tuple(dict.fromkeys((*self.tokens, *self.shift)))
+
+    @property
     def labels(self) -> list[str]:
         """Columns of obs that the model is told."""
-        return sorted({*self.tokens, *self.shift} - set(READ))
+        return sorted(set(self.wanted) - set(READ))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +103,80 @@ def conditions_of(
     return Conditions(
         *(vocabulary, told.control, told.kind, (), told.targets, features), dosed=told.dose is not None
     )
+
+
+def features_of(told: Told, cells: ad.AnnData) -> pd.DataFrame | None:
+    """The table that ``told.features`` names, its rows under their names as text.
+
+    Raises:
+      KeyError: nothing of that name in ``uns``; says what there is.
+    """
+    if not told.features:
+        return None
+    key = told.features.removeprefix("uns/")
+    if key == told.features:
+        table = pd.read_csv(told.features, sep="\t", index_col=0)
+    elif key in cells.uns:
+        table = pd.DataFrame(cells.uns[key])
+    else:
+        raise KeyError(f"config.told.features is {told.features!r}; uns of the cells has {list(cells.uns)}")
+    return table.set_axis(table.index.astype(str))
+
+
+def divide(
+    whole: PerturbedCells, marked: pd.Series, told: Told, seed: int
+) -> tuple[PerturbedCells, list[Asked], list[Asked]]:
+    """What is learned from, and what is not.
+
+    Args:
+      whole: all cells.
+      marked: of them, True for those to learn from; the column that ``told.split`` names.
+      told: of the run.
+      seed: of what is kept for validation.
+
+    Returns:
+      Cells of training; conditions held out, of which the model can be told; training conditions kept for
+      validation.
+
+    Raises:
+      ValueError: ``marked`` is not True and False, or leaves nothing to learn from or nothing held out; no
+        condition can be kept.
+      KeyError: the model cannot be told what is held out.
+    """
+    there = f"{whole.where}: obs[{marked.name!r}]"
+    values = set(marked.astype(object))
+    if marked.isna().any() or not values <= {0, 1}:
+        some = ", ".join(sorted(repr(value) for value in values)[:4])
+        raise ValueError(
+            f"{there} holds {some}; it must be True for cells to learn from and False for those held out, as "
+            f"(obs[{marked.name!r}] == 'train') would be"
+        )
+    keep = marked.astype(bool).to_numpy()
+    cells = whole.training(keep)
+    asked = sorted(set(whole.groups) - set(cells.groups))
+    if not asked or not cells.groups:
+        side = "held out (False)" if cells.groups else "to learn from (True)"
+        raise ValueError(f"{there} leaves none of {len(whole.groups)} conditions {side}")
+    learned = sorted(cells.groups)
+    wish, kept = round(told.validation * len(learned)), list[Asked]()
+    left = [Counter(one[field] for one in learned) for field in range(3)]
+    # a learned vector of a condition, or of what its control cells are, has to be trained on another
+    fields = [0] * ("perturbation" in told.wanted) + [2] * bool(told.labels)
+    for i in permutation("validation", seed, n=len(learned)):
+        one = learned[i]
+        if len(kept) < wish and all(left[field][one[field]] > 1 for field in fields):
+            kept.append(one)
+            for field in fields:
+                left[field][one[field]] -= 1
+    if wish and not kept:
+        raise ValueError(
+            f"config.told.validation = {told.validation:g} can keep none of {len(learned)} conditions: the "
+            "model is told a learned vector of each that no other condition trains; set it to 0"
+        )
+    cells = whole.training(keep, kept)
+    for one in asked:
+        cells.check(one, told.wanted)
+    return cells, asked, kept
 
 
 def fields_of(
