@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import sparse
+from sklearn.metrics import roc_auc_score
 from tabled_model import Tabled, TabledConfig
 
 from scjax.genes import Vocabulary, graph_of, shuffled, spectral
-from scjax.genes.autoencoder import masked_autoencoder
+from scjax.genes.autoencoder import _auroc, masked_autoencoder
 from scjax.loader import cells
 from scjax.models import build
 from scjax.nn import bind
@@ -138,6 +139,17 @@ def separation(method: str, shuffle: bool) -> float:
 def test_vectors_hold_the_modules_of_the_graph(method):
     assert separation(method, False) > 0.8
     assert separation(method, True) < 0.4
+
+
+@pytest.mark.parametrize("n", [400, 300_000])
+def test_auroc_of_few_and_of_many_edges(n):
+    """Against scikit-learn; counts of pairs are beyond int32."""
+    rng = np.random.default_rng(0)
+    yes, no = rng.normal(0.5, 1, n).astype(np.float32), rng.normal(0, 1, n).astype(np.float32)
+    hide, free = rng.random((2, n)) < 0.5
+    truth = np.repeat([1, 0], [hide.sum(), free.sum()])
+    wanted = roc_auc_score(truth, np.concatenate([yes[hide], no[free]]))
+    assert float(_auroc(yes, hide, no, free)) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_the_autoencoder_is_a_function_of_graph_and_seed():

@@ -118,9 +118,10 @@ def masked_autoencoder(
 
 
 def _auroc(yes: Array, hide: Array, no: Array, free: Array) -> Array:
-    """Of the scores ``yes``, where ``hide``, against ``no``, where ``free``, by ranks."""
+    """Of the scores ``yes``, where ``hide``, against ``no``, where ``free``: the mean share below."""
     scores, there = jnp.concatenate([yes, no]), jnp.concatenate([hide, free])
     order = jnp.argsort(jnp.where(there, scores, jnp.inf))
-    rank = jnp.zeros(len(scores)).at[order].set(jnp.arange(1.0, len(scores) + 1))
-    k, others = hide.sum(), free.sum()
-    return ((rank[: len(yes)] * hide).sum() - k * (k + 1) / 2) / jnp.maximum(k * others, 1)
+    first, there = order < len(yes), there[order]
+    below = jnp.cumsum(there & ~first)  # products of two counts would not fit into int32
+    share = below / jnp.maximum(free.sum(), 1)
+    return jnp.where(there & first, share, 0.0).sum() / jnp.maximum(hide.sum(), 1)
