@@ -8,9 +8,11 @@ import json
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 
+import scjax
 from scjax.cli.main import main
 from scjax.genes import (
     Vocabulary,
@@ -248,6 +250,42 @@ class TestCommands:
         assert sorted(read_vectors(tmp_path / "t.npz").names) == ["A", "B", "X", "Y", "Z"]
         assert main([*given, "--weight", "w", "--force"]) == 2
         assert "--columns and --weight are of one" in " ".join(capsys.readouterr().err.split())
+
+    def test_cells_that_are_no_counts(self, tmp_path, capsys):
+        counts, names = cells()
+        log = np.log1p(counts / counts.sum(1, keepdims=True) * 1e4)
+        adata = ad.AnnData(sparse.csr_matrix(log, dtype=np.float32), var=pd.DataFrame(index=names))
+        adata.write_h5ad(tmp_path / "c.h5ad")
+        given = ["genes", "graph", str(tmp_path / "c.h5ad"), "--out", str(tmp_path / "t.npz"), "--dim", "2"]
+        assert main(given) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "c.h5ad, X: row 0 (cell '0'), column 0 (gene 'A'): 7.84125 is not a whole number" in said
+
+    def test_a_corpus_gives_its_training_cells(self, tmp_path):
+        """Validation cells, in which other genes go together, change nothing."""
+        counts, names = cells(300)
+        counts[200:] = counts[200:, [0, 3, 1, 4, 2, 5, 6]]
+        adata = ad.AnnData(sparse.csr_matrix(counts, dtype=np.float32), var=pd.DataFrame(index=names))
+        adata.obs["donor"] = np.repeat(["a", "b"], [200, 100])
+        how = {"names": ["study"], "labels": ["donor"], "validation": 0.3, "split_by": "donor"}
+        scjax.build_corpus([adata], tmp_path / "corpus", **how, progress=False)
+        n = sum(part.n_cells for part in scjax.Corpus.open(tmp_path / "corpus").split("train"))
+        assert n in (100, 200)
+        adata[adata.obs["donor"] == {200: "a", 100: "b"}[n]].copy().write_h5ad(tmp_path / "train.h5ad")
+        tables = []
+        for source in ("corpus", "train.h5ad"):
+            out = str(tmp_path / f"{source}.npz")
+            assert main(["genes", "graph", str(tmp_path / source), "--out", out, "--dim", "2"]) == 0
+            tables.append(read_vectors(out))
+        assert tables[0].names == tables[1].names
+        np.testing.assert_allclose(tables[0].values, tables[1].values, atol=1e-4)
+
+    def test_a_table_is_named_npz(self, tmp_path, capsys):
+        """Before any work: what is read does not exist."""
+        for kind in ("graph", "text"):
+            for name in ("graph.tsv", "graph"):
+                assert main(["genes", kind, str(tmp_path / "none.tsv"), "--out", str(tmp_path / name)]) == 2
+                assert "the table is an .npz file" in " ".join(capsys.readouterr().err.split())
 
     def test_texts(self, tmp_path, capsys):
         rows = [f"G{i}\tribosomal protein of {('large', 'small')[i % 2]} subunit" for i in range(8)]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def graph(args: argparse.Namespace) -> int:
     from scjax.genes import shuffled, spectral
 
-    refuse_existing(args.out, args.force)
+    _check_out(args)
     network = _graph(args)
     if args.shuffle:
         network = shuffled(network, args.seed)
@@ -36,8 +36,14 @@ def graph(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_out(args: argparse.Namespace) -> None:
+    if not args.out.endswith(".npz"):
+        raise ValueError(f"--out {args.out}: the table is an .npz file, and is read by that name; end it so")
+    refuse_existing(args.out, args.force)
+
+
 def _graph(args: argparse.Namespace) -> GeneGraph:
-    """Of a table of edges, or co-expression in an .h5ad file or a corpus."""
+    """Of a table of edges, or co-expression in an .h5ad file or in the training cells of a corpus."""
     from scjax.cli.shared import read
     from scjax.genes import Vocabulary, coexpression, read_graph
 
@@ -54,11 +60,19 @@ def _graph(args: argparse.Namespace) -> GeneGraph:
         from scjax.corpus import Corpus
 
         cells: Any = Corpus.open(given)
-        n = len(cells)
+        # vectors that validation cells helped to make would be judged on them
+        parts = [np.arange(p.first_row, p.first_row + p.n_cells) for p in cells.split("train")]
+        rows = np.concatenate(parts)
     else:
+        from scjax.corpus.counts import validate_counts
+
         cells = read(given)
-        n = cells.n_obs
-    rows = np.sort(np.random.default_rng([args.seed, 13]).permutation(n)[: args.cells])
+        if cells.X is None:
+            raise ValueError(f"{given}: X is empty; co-expression is of the raw counts in X")
+        named = list(map(str, cells.var_names)), list(map(str, cells.obs_names))
+        validate_counts(cells.X, source=f"{given}, X", genes=named[0], cells=named[1])
+        rows = np.arange(cells.n_obs)
+    rows = rows[np.sort(np.random.default_rng([args.seed, 13]).permutation(len(rows))[: args.cells])]
     cells = cells.read(rows) if corpus else cells[rows]
     counts, names = cells.X, cells.var_names
     depth = np.asarray(counts.sum(1)).ravel()
@@ -74,7 +88,7 @@ def _graph(args: argparse.Namespace) -> GeneGraph:
 def text(args: argparse.Namespace) -> int:
     from scjax.genes import Vocabulary, lsa, read_descriptions
 
-    refuse_existing(args.out, args.force)
+    _check_out(args)
     descriptions = read_descriptions(args.source, args.gene, args.text)
     if args.genes:
         there = Vocabulary.from_tsv(args.genes)
@@ -123,7 +137,9 @@ def add_commands(commands: Any) -> None:
 
     command = kinds.add_parser("graph", help="from interactions, or from co-expression in cells")
     command.set_defaults(run=graph)
-    command.add_argument("source", metavar="SOURCE", help="table of edges (.tsv, .csv), .h5ad file or corpus")
+    command.add_argument(
+        "source", metavar="SOURCE", help="table of edges (.tsv, .csv), .h5ad file of raw counts, or corpus"
+    )
     command.add_argument("--method", choices=("spectral", "masked"), default="spectral")
     command.add_argument("--dim", type=int, default=64, help="width of the vectors (default: 64)")
     command.add_argument("--columns", nargs=2, metavar="COLUMN", help="the two genes of an edge")
