@@ -2,7 +2,8 @@
 
     python experiments/finetune.py --config=configs/genes.py --config.start=runs/scgpt \\
         --config.data.corpus=CORPUS --config.tables.dosage=dosage.tsv --workdir=runs/dosage
-    python experiments/finetune.py --config=configs/genes.py:smoke --workdir=runs/genes-smoke
+    python tools/smoke_data.py genes --out runs/genes/planted
+    python experiments/finetune.py --config=configs/genes.py:smoke --workdir=runs/genes/smoke
 
 ``dosage.tsv`` names genes in its first column, has 1 or 0 in the second and may have ``family``. Families,
 or genes where there are none, are held out one in five; validation cells judge by those alone. A head sees
@@ -14,16 +15,11 @@ As in Geneformer's gene classification (Theodoris et al. 2023) the base is fine-
 and states beside expression level and random vectors.
 
 ``:smoke`` is a minute on two CPU cores, on the quickstart's model: which genes are of the ribosome, by a
-table made here of the names of genes.
+table that tools/smoke_data.py makes of the names of genes.
 """
-
-import os
-from pathlib import Path
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
-
-SMOKE = Path("runs/pbmc/ribosome.tsv")
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -62,21 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.start = "runs/quickstart"
         config.data.corpus = "runs/pbmc/corpus"
         config.model.tasks = ConfigDict({"ribosome": {"kind": "multilabel", "level": "gene", "size": 1}})
-        config.tables = ConfigDict({"ribosome": _ribosome()})
+        config.tables = ConfigDict({"ribosome": "runs/genes/planted/ribosome.tsv"})
         config.optimizer.update(learning_rate=3e-3, warmup_steps=10)
         config.train.update(steps=100, accumulate=1, log_every=20, eval_every=25, checkpoint_every=50)
     return config
-
-
-def _ribosome() -> str:
-    """The table of the smoke run: 1 for proteins of the ribosome, by their symbols."""
-    if not SMOKE.exists():
-        from scjax import datasets
-
-        genes = datasets.pbmc().var_names
-        rows = [f"{gene}\t{int(gene.startswith(('RPL', 'RPS')))}" for gene in genes]
-        SMOKE.parent.mkdir(parents=True, exist_ok=True)
-        partial = SMOKE.with_suffix(f".{os.getpid()}")
-        partial.write_text("\n".join(["gene\tribosome", *rows]) + "\n")
-        os.replace(partial, SMOKE)
-    return str(SMOKE)

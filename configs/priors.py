@@ -4,7 +4,8 @@
     scjax genes text DESCRIPTIONS.tsv --out runs/priors/text.npz
     python experiments/pretrain.py --config=configs/priors.py --config.data.corpus=CORPUS \\
         --workdir=runs/priors/run
-    python experiments/pretrain.py --config=configs/priors.py:smoke --workdir=runs/priors-smoke
+    python tools/smoke_data.py priors --out runs/priors/planted
+    python experiments/pretrain.py --config=configs/priors.py:smoke --workdir=runs/priors/smoke
 
 Each gene's vector is a weighted mean of its learned one and of the tables that know it, under a learned
 linear map each; the weights are learned, too (``gene/weight``), and a gene in no table has its learned vector
@@ -12,16 +13,11 @@ alone. A table of a protein language model goes in the same way: another entry o
 width of its vectors, and its file in ``tables``. What a table is worth shows beside the same run with its
 edges shuffled (``scjax genes graph --shuffle``); ``benchmarks/adapt/gene_priors.md`` shows it on blood.
 
-``:smoke`` is the quickstart's model for 300 steps on the cells that ship with the package. Its two tables are
-made here, of one graph of co-expression in those cells: eigenvectors, and a masked graph autoencoder.
+``:smoke`` is the quickstart's model for 300 steps on the quickstart's corpus. Its two tables, which
+tools/smoke_data.py makes, are of one graph of co-expression: eigenvectors, and a masked graph autoencoder.
 """
 
-import os
-from pathlib import Path
-
 from ml_collections import ConfigDict
-
-SMOKE = Path("runs/pbmc/priors")
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -81,28 +77,11 @@ def get_config(arg: str = "") -> ConfigDict:
         config.model.update(tie="mid", dtype="float32")
         part = {"kind": "projected", "dim": 32}
         config.model.gene_table.mix = ConfigDict({"spectral": part, "masked": part})
-        config.tables = ConfigDict(_smoke_tables())
+        config.tables = ConfigDict(
+            {name: f"runs/priors/planted/{name}.npz" for name in ("spectral", "masked")}
+        )
         config.data.update(corpus="runs/pbmc/corpus", genes="runs/pbmc/genes.tsv", batch_size=64)
         config.validation.update(batch_size=64, max_batches=2)
         config.optimizer.update(learning_rate=2e-3, warmup_steps=30, b2=0.99)
         config.train.update(steps=300, accumulate=1, log_every=20, eval_every=100, checkpoint_every=100)
     return config
-
-
-def _smoke_tables() -> dict[str, str]:
-    """Name -> file; made where it is not there yet, whole or not at all."""
-    from scjax import datasets
-    from scjax.genes import coexpression, spectral, write_vectors
-    from scjax.genes.autoencoder import masked_autoencoder
-
-    files = {name: SMOKE / f"{name}.npz" for name in ("spectral", "masked")}
-    if not all(file.exists() for file in files.values()):
-        cells = datasets.pbmc()
-        graph = coexpression(cells.X, list(cells.var_names), min_cells=600)
-        made = {"spectral": spectral(graph, 32), "masked": masked_autoencoder(graph, 32, steps=50)[0]}
-        SMOKE.mkdir(parents=True, exist_ok=True)
-        for name, vectors in made.items():
-            partial = files[name].with_suffix(f".{os.getpid()}")
-            write_vectors(partial, graph.names, vectors, {"graph": graph.summary, "method": name})
-            os.replace(partial, files[name])
-    return {name: str(file) for name, file in files.items()}

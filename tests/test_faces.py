@@ -221,11 +221,12 @@ class TestEval:
 class TestConfigs:
     @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
     def test_show_and_params(self, config, run, capsys, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)  # some make the data of their smoke run where they are
+        monkeypatch.chdir(tmp_path)
         for arg in (":smoke", ""):
             assert main(["config", "show", f"{config}{arg}"]) == 0
             shown = json.loads(capsys.readouterr().out)
             assert resolve(shown["system"])
+        assert not list(tmp_path.iterdir())  # a config says what is done, and does nothing
         params = ["config", "params", str(config), "--genes", "500"]
         if "random_start" in shown and "told" not in shown:  # heads on a model of another run
             assert main(params) == 2

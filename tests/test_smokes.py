@@ -16,7 +16,8 @@ from scjax.models import SYSTEMS
 
 OTHERS = sorted({file.stem for file in (ROOT / "configs").glob("*.py")} - set(SYSTEMS) - {"quickstart"})
 FEW = {"train.steps": 6, "train.log_every": 2, "train.eval_every": 3, "train.checkpoint_every": 3}
-CORPORA = {"space": "tools/space_corpus.py", "drugs": "tools/drug_corpus.py"}  # what is made before
+DATA = {"space": ["space_corpus.py"], "drugs": ["drug_corpus.py"]}  # what is made before
+DATA |= {name: ["smoke_data.py", name] for name in ("citeseq", "genes", "priors")}
 pytestmark = pytest.mark.smokes
 
 
@@ -48,9 +49,11 @@ def place(tmp_path_factory):
 @pytest.mark.parametrize("config", OTHERS)
 def test_smoke(config, place):
     workdir = place / "runs" / f"{config}-smoke"
-    if config in CORPORA:
-        call(ROOT / CORPORA[config], "--out", f"runs/{config}/planted", cwd=place)
     docstring = (ROOT / "configs" / f"{config}.py").read_text().split('"""')[1]
+    if config in DATA:
+        tool, *of = [*DATA[config], "--out", f"runs/{config}/planted"]
+        assert f"python tools/{' '.join([tool, *of])}\n" in docstring
+        call(ROOT / "tools" / tool, *of, cwd=place)
     command = docstring[: docstring.index(f"configs/{config}.py:smoke")].rpartition("python experiments/")[2]
     launcher = ROOT / "experiments" / command.split()[0]  # the docstring says which, and is right
     few = FEW | {"optimizer.warmup_steps": 2}
