@@ -8,10 +8,11 @@
 
 CELLS.h5ad holds raw counts, ``obs["perturbation"]`` with names such as "A", "A+B" and "control", and, where
 effects are within cell lines, types or donors, a column named by ``told.context``. A quarter of the
-perturbations is held out, predicted and scored, or what ``told.split`` marks False. ``told.tokens`` and
-``told.shift`` say how the base and the decoder are told of a condition: by perturbed genes ("targets",
-measured or not), by a table ("features": fingerprints, vectors of genes), "dose", or a learned vector
-("perturbation").
+perturbations is held out, predicted and scored, or what ``told.split``, a column of True and False, marks
+False. ``told.tokens`` and ``told.shift`` say how the base and the decoder are told of a condition: by
+perturbed genes ("targets", measured or not), by a table ("features": fingerprints, vectors of genes), "dose",
+or a learned vector ("perturbation", or a column of obs such as the cell line), which what is held out must
+then share with training.
 
 The default is trained on populations: the squared error of the mean of a set of 32 cells, and a tenth of the
 energy distance between predicted and real sets. ":generator" is scGPT's recipe instead: all genes of the
