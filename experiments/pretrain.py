@@ -38,6 +38,7 @@ from scjax.train import (
     RunProgress,
     Status,
     abstract_state,
+    as_begun,
     checkpoint_steps,
     compile_ahead,
     count_parameters,
@@ -79,6 +80,7 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
     begin = scjax.load(config.start) if config.start else None
     if begin is not None:
         vocabulary = begin.vocabulary
+        corpus = as_begun(corpus, config.model, begin.config, begin.categories)
     else:
         vocabulary = Vocabulary.from_tsv(config.data.genes) if config.data.genes else corpus.vocabulary
     model, base = model_of(config, len(vocabulary))  # a base where its learning rate comes from one
@@ -96,7 +98,8 @@ def pretrain(config: RunConfig, workdir: str, preemption: Preemption) -> bool:
     base_of = {"prefix": "base/" if begin and begin.system != config.system else ""}  # a wrapper's base
     start = None if begin is None else start_from(model, begin.params, begin.buffers, **base_of)
     origin = {"corpus": corpus.manifest_id, "manifests": manifests_of(corpus), "tables": tables.sources}
-    origin["categories"] = {name: corpus.columns[name] for name in loader.labels}
+    origin["categories"] = dict(begin.categories) if begin else {}
+    origin["categories"] |= {name: corpus.columns[name] for name in loader.labels}
     origin["categories"] |= {name: panel.features for name, panel in loader.panels.items() if panel.named}
     if start is not None:
         origin["start"] = {"source": config.start, "sha256": start.sha256}

@@ -238,6 +238,35 @@ def test_a_corpus_that_does_not_fit_is_told_before_any_work():
         check_context(config, {"assay": ["a"]}, {"near": 5})
 
 
+def test_what_else_reads_a_corpus_is_held_against_it():
+    """Drugs, the batches of a system's own objectives, and tasks."""
+    told = {"drug": {"drug": {"kind": "label", "size": 2}}, "base": {"system": "scgpt", "model": {}}}
+    check_context(told, {"drug": ["a", "b"]}, {})
+    with pytest.raises(ConfigError, match=r"model.drug.drug.size = 2, but 'drug' has 3 categories"):
+        check_context(told, {"drug": list("abc")}, {})
+    batches = {"n_batches": 2, "batch_label": "study", "dab_weight": 1.0}
+    check_context(batches, {"study": ["a", "b"]}, {})
+    with pytest.raises(ConfigError, match=r"model.n_batches = 2, but 'study' has 3 categories"):
+        check_context(batches, {"study": list("abc")}, {})
+    with pytest.raises(ConfigError, match=r"model.n_batches reads data.labels, which are \['studies'\]; did"):
+        check_context(batches, {"studies": ["a"]}, {})
+    around = {"base": {"system": "scgpt", "model": batches}, "objective_weight": 0.0}
+    check_context(around, {"study": list("abc")}, {})  # its objective is not computed
+    with pytest.raises(ConfigError, match="n_batches = 2"):
+        check_context(around | {"objective_weight": 1.0}, {"study": list("abc")}, {})
+    tasks = {
+        "type": {"size": 2},
+        "dose": {"kind": "regression", "size": 1},
+        "age": {"kind": "ordinal", "size": 2},
+    }
+    tasks["age"]["rank"] = (1, -1, 0)
+    check_context({"tasks": tasks}, {"type": list("ab"), "age": list("abc")}, {"dose": 1})
+    with pytest.raises(ConfigError, match=r"model.tasks.type.size = 2, but 'type' has 3 categories"):
+        check_context({"tasks": tasks}, {"type": list("abc"), "age": list("abc")}, {"dose": 1})
+    with pytest.raises(ConfigError, match=r"model.tasks.dose takes 1 numbers of a cell; .* has 3"):
+        check_context({"tasks": tasks}, {"type": ["a"], "age": list("abc")}, {"dose": 3})
+
+
 def test_a_category_beyond_the_table_stops_a_run():
     context = context_of(assay={"kind": "label", "size": 2})
     batch = batch_of(2).replace(label={"assay": np.array([1, 2], np.int32)})

@@ -79,44 +79,81 @@ class ContextToken:
         return self.size if self.kind in ("neighbours", "features", "genes") else 1
 
 
-def tokens_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The entries of ``context`` of a model's config, or of that of the model it is built on."""
+def tokens_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a model is told of a cell beside its counts, by name: entries of :class:`ContextToken`.
+
+    The ``context`` of its config, or of that of the model it is built on; in the same way the label by which
+    a system normalises, panels of modalities, and what says which drug it is.
+    """
+    return {name: entry for _, name, entry in told_to(config, loss=False)}
+
+
+def told_to(config: Mapping[str, Any], *, loss: bool) -> list[tuple[str, str, dict[str, Any]]]:
+    """(field of the config, name, entry) of :func:`tokens_of`, with ``loss`` also of what an objective alone
+    reads. ``config`` is complete, or has all fields that are not at their defaults."""
     if "base" in config:
-        return tokens_of(config["base"].get("model", {}))
-    return config.get("context", {})
+        names = config.get("context")  # of what its base may be told, see scjax.finetune; None for all
+        own = loss and config.get("objective_weight", 1.0) > 0
+        told = [
+            each
+            for each in told_to(config["base"].get("model", {}), loss=own)
+            if names is None or each[1] in names
+        ]
+        panels = config.get("modalities", {}).items()
+        told += [(f"modalities.{k}", k, {"kind": "features", "size": panel["size"]}) for k, panel in panels]
+        return told + [(f"drug.{k}", k, entry) for k, entry in config.get("drug", {}).items()]
+    told, batches = [], config.get("n_batches", 0)
+    if batches and (loss or config.get("batch_norm") == "domain"):
+        label = config.get("batch_label", "dataset")
+        told.append(("n_batches", label, {"kind": "label", "size": batches}))
+    return told + [(f"context.{k}", k, entry) for k, entry in config.get("context", {}).items()]
 
 
 def check_context(
     config: Mapping[str, Any], categories: Mapping[str, Sequence[str]], widths: Mapping[str, int]
 ) -> None:
-    """Holds a model's context tokens against the cells of a run, before any work.
+    """Holds what a model is told of cells, and what its tasks read, against the cells of a run: before any
+    work.
 
     Args:
-      config: of the model.
+      config: of the model, see :func:`told_to`.
       categories: label that batches carry -> its categories.
       widths: value that batches carry -> how many numbers a cell has.
 
     Raises:
-      ConfigError: batches do not carry what a token reads, or a token has another size; says which it has.
+      ConfigError: batches do not carry what is read, or the model has another size; says which it has.
     """
-    for name, entry in tokens_of(config).items():
-        token = from_config(ContextToken, entry, where=f"config.model.context.{name}")
-        kind, there = ("labels", categories) if token.kind == "label" else ("values", widths)
-        where = f"config.model.context.{name}"
+    fields: dict[str, tuple[str, Mapping[str, Any]]] = {
+        "label": ("labels", categories),
+        "value": ("values", widths),
+    }
+    reads: list[tuple[str, str, str, int]] = []  # field, kind, what is read, how much there is room for
+    for field, name, entry in told_to(config, loss=True):
+        token = from_config(ContextToken, entry, where=f"config.model.{field}")
+        size = token.size * (token.width if token.kind == "neighbours" else 1)
+        reads.append((field, "label" if token.kind == "label" else "value", name, size))
+    for name, task in config.get("tasks", {}).items():
+        if task.get("level", "cell") == "cell":
+            kind = "label" if task.get("kind", "classes") in ("classes", "ordinal") else "value"
+            size = len(task.get("rank", ())) or task.get("size", 0)  # of an order: of the codes it ranks
+            reads.append((f"tasks.{name}", kind, task.get("source") or name, size))
+    for field, kind, name, size in reads:
+        kinds, there = fields[kind]
         if name not in there:
             raise ConfigError(
-                f"{where} reads data.{kind}, which are {sorted(there)};{nearest(name, there)} name it there, "
-                "and build the corpus with it"
+                f"config.model.{field} reads data.{kinds}, which are {sorted(there)};{nearest(name, there)} "
+                "name it there, and build the corpus with it"
             )
-        if token.kind == "label" and len(categories[name]) > token.size:
+        if kind == "label" and len(categories[name]) > size:
+            room = field if field == "n_batches" else f"{field}.size"
             raise ConfigError(
-                f"{where}.size = {token.size}, but {name!r} has {len(categories[name])} categories in the "
+                f"config.model.{room} = {size}, but {name!r} has {len(categories[name])} categories in the "
                 f"corpus ({', '.join(list(categories[name])[:4])}, ...)"
             )
-        wanted = token.size * (token.width if token.kind == "neighbours" else 1)
-        if token.kind != "label" and widths[name] != wanted:
+        if kind == "value" and widths[name] != size:
             raise ConfigError(
-                f"{where} takes {wanted} numbers of a cell; in the corpus {name!r} has {widths[name]}"
+                f"config.model.{field} takes {size} numbers of a cell; in the corpus {name!r} has "
+                f"{widths[name]}"
             )
 
 

@@ -6,7 +6,7 @@ An experiment puts these together and owns its loop; see ``experiments/pretrain.
 from scjax.train.ahead import AheadStep, abstract_batch, compile_ahead, keep_compiled
 from scjax.train.checkpoint import CheckpointError, Checkpoints, Restored, checkpoint_steps, restore_variables
 from scjax.train.config import DataConfig, RunConfig, TrainConfig, ValidationConfig
-from scjax.train.data import make_loaders, manifests_of, micro_batches, open_data
+from scjax.train.data import as_begun, make_loaders, manifests_of, micro_batches, open_data
 from scjax.train.guard import GuardConfig
 from scjax.train.metrics import Meter, MetricsLog, NonFiniteLoss, TooManySkipped, read_metrics
 from scjax.train.optimizer import (
@@ -62,6 +62,7 @@ __all__ = [
     "ValidationConfig",
     "abstract_batch",
     "abstract_state",
+    "as_begun",
     "checkpoint_steps",
     "compile_ahead",
     "count_parameters",
