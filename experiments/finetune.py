@@ -7,7 +7,8 @@
 The same command resumes a run that was stopped, exactly where its last checkpoint stands. Validation cells
 of the corpus (build it with split_by, so that they are whole donors or studies) say which state is the best;
 that one is what the run hands over, with temperatures that make its probabilities fit, in report.json and
-predictions.npz, and to scjax.load.
+predictions.npz, and to scjax.load. Half of these cells set the temperatures, the other half judges them and
+sets the rule; all of them chose the state. A run that has handed over its best state does not go on.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ from ml_collections import config_flags
 import scjax
 from scjax.config import from_config
 from scjax.finetune import (
+    HANDED_OVER,
     FinetuneConfig,
     Reader,
     Stopping,
     calibrate,
-    complete,
-    frequencies,
+    check_end,
     gene_targets,
+    groups_of,
     make_finetune_optimizer,
     optimizer_bytes,
+    prepare,
     put,
     validation_error,
 )
@@ -82,14 +85,11 @@ def finetune(config: FinetuneConfig, workdir: str, preemption: Preemption) -> bo
 
     # -------------------------------------------------------------------------- cells and model
     begin = scjax.load(config.base_run)
-    corpus = open_data(config.data, workdir)
-    wanted = from_config(resolve(config.system)[1], config.model, where="config.model")
-    sources = {task.source or name for name, task in wanted.tasks.items() if task.categorical}
-    drawn = frequencies(corpus, sorted(sources & set(corpus.columns)), config.data.weights)
-    tasks = complete(wanted.tasks, corpus.columns, getattr(corpus, "values", {}), drawn)
-    base = {"system": begin.system, "model": begin.config}
-    about_model = dataclasses.asdict(dataclasses.replace(wanted, base=base, tasks=tasks))
+    corpus, carried = open_data(config.data, workdir), (config.data.labels, config.data.values)
+    asked = config.system, config.model, carried, config.data.weights
+    corpus, about_model = prepare(*asked, begin, corpus)  # in the numbers of the base
     config = dataclasses.replace(config, model=about_model)
+    tasks = from_config(resolve(config.system)[1], about_model, where="config.model").tasks
     model = build(config.system, about_model, len(begin.vocabulary), config.seed)
     targets = gene_targets(tasks, config.tables, begin.vocabulary)  # of tasks at the level of genes
 
@@ -104,7 +104,7 @@ def finetune(config: FinetuneConfig, workdir: str, preemption: Preemption) -> bo
     # ------------------------------------------------------------------------- the run directory
     start = start_from(model, {} if config.random_start else begin.params, begin.buffers, prefix="base/")
     origin = {"corpus": corpus.manifest_id, "manifests": manifests_of(corpus)}
-    origin["categories"] = {name: corpus.columns[name] for name in loader.labels}
+    origin["categories"] = begin.categories | {name: corpus.columns[name] for name in loader.labels}
     origin["categories"] |= {name: panel.features for name, panel in loader.panels.items() if panel.named}
     origin["start"] = {"source": config.start, "sha256": start.sha256}
     if targets:
@@ -137,6 +137,7 @@ def finetune(config: FinetuneConfig, workdir: str, preemption: Preemption) -> bo
     lines = read_metrics(run.metrics) if run.metrics.exists() else []
     judged = [line for line in lines if line["step"] <= step and "validation/error" in line]
     stopping = Stopping(config.patience, [(line["step"], line["validation/error"]) for line in judged])
+    check_end(run.path, restored, step >= steps or stopping.ended)
     barrier("scjax:finetune:metrics")
     for later in checkpoint_steps(run.path / "best"):  # of a life that went on from here and was cut short
         if later > step and process == 0:
@@ -163,7 +164,7 @@ def finetune(config: FinetuneConfig, workdir: str, preemption: Preemption) -> bo
             optimizer_bytes(make_finetune_optimizer(config.optimizer, steps, m)[0], m) for m in (model, whole)
         )
         progress.say(
-            f"train = {wanted.train!r}: {count_parameters(model):,} parameters, optimiser state "
+            f"train = {about_model['train']!r}: {count_parameters(model):,} parameters, optimiser state "
             f"{own / 2**20:,.2f} MiB, {own / full:.1%} of that of full fine-tuning ({full / 2**20:,.2f} MiB)"
         )
         progress.say(f"corpus {corpus.manifest_id}: {loader}; steps {step:,} to {steps:,} in {run.path}")
@@ -204,9 +205,9 @@ def finetune(config: FinetuneConfig, workdir: str, preemption: Preemption) -> bo
             best.wait()
             chosen = best.restore(abstract)
             found = reader.outputs(chosen.state, validation)
-            temperatures, judged = calibrate(tasks, found, config.max_error)
+            temperatures, judged = calibrate(tasks, found, config.max_error, groups_of(corpus))
             state = put(chosen.state, temperatures) | {"step": state["step"]}
-            checkpoints.save(step, state, batches.get_state())
+            checkpoints.save(step, state, batches.get_state() | HANDED_OVER)
             checkpoints.wait()
             if process == 0:
                 arrays = {f"{name}/{field}": x for name, of in found.items() for field, x in of.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -133,7 +133,9 @@ class Model:
           KeyError: a name that the model has no token for, or that ``adata`` lacks; lists those there are.
           ValueError: a token of a label whose categories the run does not tell.
         """
-        tokens = _tokens(self.config) if wanted else {}
+        from scjax.nn.context import tokens_of
+
+        tokens = tokens_of(self.config) if wanted else {}
         there = {*adata.obs.columns, *adata.obsm}
         names = [name for name in tokens if name in there] if isinstance(wanted, bool) else list(wanted)
         for name in names:
@@ -278,17 +280,6 @@ def export_pretrained(model: Model | str | Path, out: str | Path, *, format: str
     interop.export_pretrained(_model(model), out, format)
 
 
-def _tokens(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The context tokens of a model's config, or of that of the model it is built on; modalities, and the
-    label by which a model normalises, are told in the same way."""
-    if "base" in config:
-        modalities: dict[str, Any] = {name: {"kind": "features"} for name in config.get("modalities", {})}
-        return {**_tokens(config["base"].get("model", {})), **modalities}
-    label = config.get("batch_label", "dataset")
-    by = {label: {"kind": "label"}} if config.get("batch_norm") == "domain" else {}
-    return by | config.get("context", {})
-
-
 def _model(model: Model | str | Path) -> Model:
     return model if isinstance(model, Model) else load(model)
 
@@ -326,10 +317,22 @@ def embed(
       KeyError: named context that the model or ``adata`` does not have.
     """
     model = _model(model)
-    told = model.context_in(adata, context)
     how: dict[str, Any] = {"batch_size": batch_size, "layer": layer, "duplicates": duplicates}
-    adata.obsm[key_added] = model.embed(adata, context=context, progress=progress, **how)
-    match = model.match(adata, layer)
+    vectors = model.embed(adata, context=context, progress=progress, **how)
+    _note(adata, model, key_added, vectors, layer, context)
+
+
+def _note(
+    adata: anndata.AnnData,
+    model: Model,
+    key_added: str,
+    vectors: np.ndarray,
+    layer: str | None,
+    context: bool | Sequence[str],
+) -> None:
+    """Puts an embedding, and what made it, into ``adata``."""
+    told, match = model.context_in(adata, context), model.match(adata, layer)
+    adata.obsm[key_added] = vectors
     adata.uns.setdefault("scjax", {})[key_added] = {
         "run": str(model.path),
         "system": model.system,
@@ -354,6 +357,7 @@ def annotate(
     certainty: float = 0.9,
     batch_size: int = 64,
     layer: str | None = None,
+    context: bool | Sequence[str] = True,
     progress: bool = False,
 ) -> None:
     """Labels the cells of ``adata`` by those of a labelled reference, or by the head of a fine-tuned model.
@@ -377,13 +381,18 @@ def annotate(
       method: "probe", a logistic regression on the standardised frozen embedding, its strength chosen by
         cross-validation: seconds. Or fine-tuning on the reference, minutes: "head" (frozen base), "lora"
         (adapters), "all"; a fifth of the reference then says when to stop, and how sure to be.
-      group_key: column of the reference (donor, study) whose groups are held out as a whole.
+      group_key: column of the reference (donor, study) whose groups are held out as a whole: for the rule,
+        and in fine-tuning for what says when to stop.
       max_error: largest share of wrong labels among those given; None leaves no cell unassigned.
       certainty: of that promise.
+      context: what the model's context tokens are told, of query and reference alike: True for those that
+        both have, False for nothing, or names. The label itself is never told.
       batch_size, layer, progress: as in :func:`embed`.
 
     Raises:
-      ValueError: no such column (lists those there are), fewer than two labels with 2 cells, no such method.
+      ValueError: no such column (lists those there are), fewer than two labels with 2 cells, a label called
+        "unassigned" beside ``max_error``, no such method; or as :func:`embed`. ``adata`` is then as it was.
+      KeyError: named context that the model or the cells do not have.
     """
     import pandas as pd
 
@@ -396,9 +405,13 @@ def annotate(
     if reference is None and max_error is not None:
         raise ValueError("max_error needs a reference: labelled cells set the rule")
     column, key, rule = f"{key_added}_{label_key}", f"X_{key_added}", None
-    how: dict[str, Any] = {"batch_size": batch_size, "layer": layer}
+    if reference is None:
+        ways.head_of(model, label_key)  # before any work
+    given = ways.context_of(model, adata, reference, label_key, context)
+    how: dict[str, Any] = {"batch_size": batch_size, "layer": layer, "duplicates": "sum"}
     if reference is not None:
         names, known = ways.labelled(reference, label_key, unlabelled)
+        ways.check(reference, label_key, group_key, set(names[known]), max_error)
         held = known & False
         if max_error is not None:
             held = ways.hold_out(reference, known, group_key, seed=0)
@@ -406,24 +419,26 @@ def annotate(
         if len(set(names[learned])) < 2:
             raise ValueError(f"obs[{label_key!r}]: fewer than two labels are left beside the held-out cells")
 
-    embed(adata, model, key_added=key, progress=progress, **how)
+    vectors = model.embed(adata, context=given, progress=progress, **how)
+    embedded = [(adata, vectors)]
     if reference is not None and method == "probe":
-        embed(reference, model, key_added=key, progress=progress, **how)
-        probe = ways.probe(reference.obsm[key][learned], names[learned])
-        classes, probability = probe.classes_, probe.predict_proba(adata.obsm[key])
+        own = model.embed(reference, context=given, progress=progress, **how)
+        embedded.append((reference, own))
+        probe = ways.probe(own[learned], names[learned])
+        classes, probability = probe.classes_, probe.predict_proba(vectors)
         if max_error is not None:
-            told = probe.predict_proba(reference.obsm[key][held])
+            told = probe.predict_proba(own[held])
     else:
         if reference is not None:
             cells = reference[learned] if layer is None else _at_layer(reference[learned], layer)
-            tuned = ways.tune(model, cells, label_key, names[learned], method, group_key)
+            tuned = ways.tune(model, cells, label_key, names[learned], method, group_key, given)
         else:
             tuned = model
-        task = ways.head_of(tuned, label_key)
-        classes, options = np.array(tuned.categories[label_key]), {"duplicates": "sum", **how}
-        probability = predict(tuned, adata, **options)[task]
+        task, classes = ways.head_of(tuned, label_key), np.array(tuned.categories[label_key])
+        probability = predict(tuned, adata, **how, **tuned.context_in(adata, given))[task]
         if max_error is not None:
-            told = predict(tuned, reference[held], **options)[task]  # type: ignore[index]
+            cells = reference[held]  # type: ignore[index]
+            told = predict(tuned, cells, **how, **tuned.context_in(cells, given))[task]
 
     best = probability.argmax(1)
     labels, confidence = np.asarray(classes, object)[best], probability[np.arange(len(best)), best]
@@ -432,6 +447,9 @@ def annotate(
         rule = ways.set_rule(told, np.asarray(classes, object), names[held], max_error, certainty)
         labels = np.where(confidence >= rule.threshold, labels, ways.UNASSIGNED)
         categories.append(ways.UNASSIGNED)
+    for of, vectors in embedded:
+        _note(of, model, key, vectors, layer, given)
+    if rule is not None:
         adata.uns["scjax"][column] = dataclasses.asdict(rule) | {"promise": str(rule)}
     adata.obs[column] = pd.Categorical(labels, categories=categories)
     adata.obs[f"{column}_confidence"] = confidence.astype(np.float32)

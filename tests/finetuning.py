@@ -28,14 +28,18 @@ BASE = {"system": "scgpt", "model": SMALL}
 N_GENES = 48
 
 
-def base_handle(tmp_path: Any, seed: int = 0) -> Model:
-    """An untrained base over the genes of :func:`planted`."""
+def base_handle(
+    tmp_path: Any, fields: dict[str, Any] | None = None, categories: dict[str, Any] | None = None
+) -> Model:
+    """An untrained base over the genes of :func:`planted`, with more ``fields`` in its config."""
     from scjax.genes import Vocabulary
 
     var = synthetic_adata(4, N_GENES).var
     vocabulary = Vocabulary(list(var["ensembl_id"]), list(var.index))
-    variables = jax.jit(lambda: initialise(models.build("scgpt", SMALL, N_GENES, seed)))()
-    return Model("scgpt", SMALL, vocabulary, **variables, step=0, path=tmp_path)
+    config = SMALL | (fields or {})
+    variables = jax.jit(lambda: initialise(models.build("scgpt", config, N_GENES)))()
+    known = {"categories": categories or {}}
+    return Model("scgpt", config, vocabulary, **variables, step=0, path=tmp_path, **known)
 
 
 def wrapped(tasks: dict[str, Any], **config: Any) -> Any:

@@ -1,7 +1,5 @@
 """Heads, tasks and calibration: planted targets are learned, and what is promised holds."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -10,13 +8,16 @@ from jax.sharding import Mesh
 
 from scjax import models
 from scjax.config import ConfigError
+from scjax.corpus import build_corpus, open_corpus
 from scjax.finetune import (
+    HANDED_OVER,
     SYSTEM,
     FinetuneConfig,
     Reader,
     Stopping,
     Task,
     calibrate,
+    check_end,
     complete,
     fit_temperature,
     frequencies,
@@ -27,10 +28,21 @@ from scjax.finetune import (
     reliability,
     unassigned_rule,
 )
+from scjax.finetune.calibration import log_loss
+from scjax.finetune.run import halves
 from scjax.finetune.tasks import Head
+from scjax.loader import Loader
 from scjax.nn import flatten
 from scjax.parallel import AXES
-from scjax.train import OptimizerConfig, abstract_state, init_state, make_train_step, start_from
+from scjax.train import (
+    CheckpointError,
+    OptimizerConfig,
+    Restored,
+    abstract_state,
+    init_state,
+    make_train_step,
+    start_from,
+)
 
 TASKS = {
     "cell_type": {"size": 4},
@@ -99,7 +111,8 @@ def test_all_kinds_of_tasks_are_learned_together(trained, handle):
     assert report["stage"]["accuracy"] > 0.4 and report["stage"]["mean_rank_error"] < 0.85
     assert report["dose"]["r2"] > 0.4 and report["dose"]["rmse"] < 1.8  # of values from 0 to 6
     assert report["marks"]["average_precision"] > 0.8
-    assert report["cell_type"]["log_loss_after"] <= report["cell_type"]["log_loss_before"] + 1e-9
+    assert 0 < report["cell_type"]["judged"] < 160  # the others set the temperature
+    assert report["cell_type"]["rule"]["cells"] == report["cell_type"]["judged"]
     assert set(temperatures) == {f"heads/{n}/temperature" for n in ("cell_type", "stage", "marks", "donor")}
     # genes that are held out are what is judged, of each of which the target is the same in all cells
     genes = found["length"]
@@ -210,6 +223,15 @@ class TestHeads:
         log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
         np.testing.assert_allclose(total / of, -log_p[np.arange(8), target].mean(), rtol=1e-5)
 
+    def test_a_class_that_is_never_drawn_is_rare(self):
+        task = Task(size=3, prior=(0.8, 0.2, 0.0), logit_adjustment=1.0)
+        x = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+        head, y = self.outputs(task, x)
+        for target in (np.arange(6) % 2, np.arange(6) % 3):  # of validation cells, too
+            loss = lambda y, target=target: head.loss(y, target, np.ones(6, np.float32))[0]  # noqa: E731
+            value, gradient = jax.value_and_grad(loss)(y)
+            assert np.isfinite(value) and np.isfinite(gradient).all()
+
     def test_unknown_targets_and_padding_do_not_count(self):
         x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
         head, y = self.outputs(Task(size=2, class_weight=(1.0, 3.0)), x)
@@ -244,6 +266,31 @@ class TestCalibration:
         assert fit_temperature(logits, target) == pytest.approx(2.5, rel=0.05)
         temperature, report = judge("classes", logits, target)
         assert report["ece_after"] < 0.02 < report["ece_before"]
+
+    def test_temperature_and_rule_are_judged_by_cells_that_set_neither(self):
+        logits, target = self.logits(400, 2.5, 0)
+        tunes = np.arange(400) % 2 == 0
+        temperature, report = judge("classes", logits, target, 0.4, tunes)
+        assert temperature == fit_temperature(logits[tunes], target[tunes])
+        assert report["judged"] == report["rule"]["cells"] == 200
+        assert report["log_loss_after"] == log_loss(logits[~tunes], target[~tunes], temperature)
+        again, worse = judge("classes", logits, np.where(tunes, target, 0), 0.4, tunes)
+        assert again == temperature and worse["log_loss_after"] > report["log_loss_after"]
+        marks = (np.arange(4) == target[:, None]).astype(float)
+        temperature, report = judge("multilabel", logits, marks, None, tunes)
+        assert temperature == fit_temperature(logits[tunes], marks[tunes]) and report["judged"] == 200
+
+    def test_a_group_is_in_one_half(self):
+        groups = np.repeat(np.arange(7), 30)
+        half = halves(groups)
+        assert all(len(np.unique(half[groups == g])) == 1 for g in range(7)) and 0 < half.sum() < 210
+        logits, target = self.logits(210, 1.0, 0)
+        found = {"x": {"output": logits, "target": target, "row": np.arange(210)}}
+        _, report = calibrate({"x": Task(size=4)}, found, None, groups)
+        assert report["x"]["judged"] == (~half).sum()
+        # one group is cut through
+        _, report = calibrate({"x": Task(size=4)}, found, None, np.zeros(210, int))
+        assert report["x"]["judged"] == 105
 
     def test_reliability(self):
         told = reliability(np.array([0.9, 0.9, 0.6, 0.6]), np.array([1, 1, 1, 0]), n_bins=2)
@@ -299,6 +346,7 @@ class TestWhatTheDataSay:
             (Task(source="cell_type", size=7), "size is 7, and 'cell_type' of the data has 3"),
             (Task(source="cell_type", logit_adjustment=1.0), "has not been counted"),
             (Task(source="cell_type", class_weight=(1.0,)), "class_weight has 1 numbers for 3"),
+            (Task(source="stage", order=("E10", "E12", "P0")), 'order and rank are for kind "ordinal"'),
         ],
     )
     def test_what_does_not_fit_is_told(self, task, told):
@@ -330,13 +378,14 @@ class TestWhatTheDataSay:
             )
 
     def test_frequencies_of_what_is_drawn(self):
-        @dataclasses.dataclass
         class Part:
-            def codes(self, _):
-                return np.array([0, 0, 0, 0, 1, -1, 2])
+            n_cells = 7
+
+            def codes(self, name):
+                return np.array({"cell_type": [0, 0, 0, 0, 1, -1, 2], "stage": [0, 0, 0, 1, 1, 1, 2]}[name])
 
         class Corpus:
-            columns = self.COLUMNS
+            columns, path = self.COLUMNS, "c"
 
             def split(self, _):
                 return [Part()]
@@ -345,7 +394,52 @@ class TestWhatTheDataSay:
         assert of(None) == {"cell_type": [4, 1, 1]}
         assert of({"cell_type": 0.5}) == {"cell_type": [2, 1, 1]}
         assert of({"cell_type": {"B": 3.0}}) == {"cell_type": [0, 3, 0]}
-        assert of({"study": 0.0}) == {}
+        # three stages alike: a cell of the third weighs as much as all of another
+        np.testing.assert_allclose(of({"stage": 0.0})["cell_type"], [1 + 1 / 3, 1 / 3, 1])
+        both = of({"stage": {"P0": 1.0, "E10": 1.0}, "cell_type": {"NK": 2.0, "B": 1.0}})
+        np.testing.assert_allclose(both["cell_type"], [0, 1 / 3, 2])
+        with pytest.raises(KeyError, match="no label column 'study'"):
+            of({"study": 0.0})
+
+    def test_frequencies_are_those_that_a_mixture_draws(self, tmp_path):
+        """The shares of a mixture, with and without weights, against what its loader draws."""
+        corpora = []
+        for seed, n in ((0, 300), (1, 60)):
+            cells = planted(n, seed)
+            cells = cells[cells.obs["cell_type"] != f"type{seed}"].copy()
+            corpora.append(tmp_path / f"c{seed}")
+            build_corpus([cells], corpora[-1], names=["s"], labels=["cell_type"], progress=False, workers=1)
+        mixture = open_corpus(corpora, {"c0": 1.0, "c1": 3.0})
+        for weights in (None, {"cell_type": 0.0}):
+            told = frequencies(mixture, ["cell_type"], weights)["cell_type"]
+            loader = Loader(mixture, 50, labels=["cell_type"], weights=weights, epochs=1, epoch_cells=5000)
+            codes = np.concatenate([b.label["cell_type"][b.weight > 0].copy() for b in loader])
+            drawn = np.bincount(codes, minlength=len(told)) / len(codes)
+            np.testing.assert_allclose(np.array(told) / sum(told), drawn, atol=0.01)
+
+
+def test_a_gene_with_one_blank_value_keeps_the_others(handle):
+    batch = batches_of(planted(8), handle, 8)[0]
+    module = wrapped({"sets": {"kind": "multilabel", "size": 2, "level": "gene"}}).make()
+    known = np.full((48, 2), np.nan, np.float32)
+    known[0], known[1] = (1, np.nan), (0, 1)
+    module.heads["sets"].target[...] = jax.numpy.asarray(known)
+    target, weight = module.target("sets", batch, np.array([[0, 1, 2, -1]] * 8))
+    np.testing.assert_array_equal(weight, [[1, 1, 0, 0]] * 8)
+    y = np.ones((8, 4, 2), np.float32)
+    total, of, _ = module.heads["sets"].loss(y, target, weight)
+    assert of == 24 and np.isfinite(total)  # three values in each of eight cells
+
+
+def test_a_run_that_has_ended_does_not_go_on(tmp_path):
+    last, handed = (Restored({}, cursor, 6) for cursor in ({"step": 6}, {"step": 6} | HANDED_OVER))
+    check_end(tmp_path, None, False)
+    check_end(tmp_path, last, False)
+    check_end(tmp_path, handed, True)
+    with pytest.raises(CheckpointError, match="checkpoint 6 is the best state, not the last"):
+        check_end(tmp_path, handed, False)
+    with pytest.raises(CheckpointError, match="already stands at step 6 of a longer run"):
+        check_end(tmp_path, last, True)
 
 
 def test_stopping_knows_what_it_knew():

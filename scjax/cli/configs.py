@@ -119,7 +119,7 @@ def job_model(run: RunConfig, n_genes: int | None) -> tuple[RunConfig, int]:
     """``(run, size of the vocabulary)``: a run as pretraining would take it, whose model is complete.
 
     What an experiment takes from the base and the data is put in: sizes of tasks from the corpus where the
-    config gives none. Of perturbations no cell is read.
+    config gives none. No cell is read: classes count as equally frequent.
 
     Raises:
       ConfigError: no base is named, or the model has a size that data alone tell.
@@ -128,13 +128,13 @@ def job_model(run: RunConfig, n_genes: int | None) -> tuple[RunConfig, int]:
     import scjax
     from scjax import finetune, models
     from scjax.config import from_config
-    from scjax.corpus import Corpus
+    from scjax.corpus import Corpus, Mixture, open_corpus
     from scjax.finetune.perturb import PerturbConfig, fields_of
     from scjax.train import RunConfig
 
-    def corpus(hint: str) -> Corpus:
+    def corpus(hint: str) -> Corpus | Mixture:
         try:
-            return Corpus.open(str(run.data.corpus))
+            return open_corpus(run.data.corpus)
         except FileNotFoundError as error:
             raise ValueError(f"{error}; give {hint}") from None
 
@@ -153,10 +153,16 @@ def job_model(run: RunConfig, n_genes: int | None) -> tuple[RunConfig, int]:
         model = fields_of(run, base, n_genes, {})
     elif isinstance(run, finetune.FinetuneConfig):
         wanted: Any = from_config(models.resolve(run.system)[1], run.model, where="config.model")
-        tasks = wanted.tasks
+        tasks = {
+            name: dataclasses.replace(task, prior=(1 / task.size,) * task.size)
+            if task.size and task.logit_adjustment and not task.prior
+            else task
+            for name, task in wanted.tasks.items()
+        }
         if not all(task.size for task in tasks.values()):
             data = corpus("the sizes of the tasks with --set model.tasks.NAME.size=N")
-            tasks = finetune.complete(tasks, data.columns, data.values)
+            alike = {name: [1.0] * len(categories) for name, categories in data.columns.items()}
+            tasks = finetune.complete(tasks, data.columns, data.values, alike)
         model = dataclasses.asdict(dataclasses.replace(wanted, base=base, tasks=tasks))
     fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(RunConfig)}
     return RunConfig(**{**fields, "model": model}), n_genes

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,42 @@ UNASSIGNED = "unassigned"
 HELD_OUT = 0.25  # of the reference, for the rule
 METHODS = ("probe", "head", "lora", "all")
 RATES = {"head": 2e-2, "lora": 5e-3, "all": 5e-4}  # a head alone has far to go from where it begins
+
+
+def check(reference: Any, label_key: str, group_key: str | None, names: Any, max_error: float | None) -> None:
+    """Raises ValueError where obs has no column of the groups (lists those it has), or where cells that are
+    left without a label could not be told from those of a label ``names`` holds."""
+    if group_key is not None and group_key not in reference.obs:
+        raise ValueError(
+            f"the reference has no obs column {group_key!r}; there are {sorted(reference.obs.columns)}"
+        )
+    if max_error is not None and UNASSIGNED in names:
+        raise ValueError(
+            f"obs[{label_key!r}] of the reference has the label {UNASSIGNED!r}, which is what cells get that "
+            f"max_error leaves without one: rename it, or give unlabelled={UNASSIGNED!r}"
+        )
+
+
+def context_of(
+    model: Any, adata: Any, reference: Any, label_key: str, wanted: bool | Sequence[str]
+) -> list[str]:
+    """Names of the context tokens that query and reference, if there is one, are told: with ``wanted`` True
+    those that both have, but for the label itself.
+
+    Raises:
+      KeyError, ValueError: as ``Model.context_in``; or the label is to be told.
+    """
+    told = model.context_in(adata, wanted)
+    names = [*told["labels"], *told["values"]]
+    if isinstance(wanted, bool):
+        names = [name for name in names if name != label_key]
+    if label_key in names:
+        raise ValueError(f"context names {label_key!r}, which is what cells are to be annotated with")
+    if reference is not None:
+        if isinstance(wanted, bool):
+            names = [name for name in names if name in reference.obs or name in reference.obsm]
+        model.context_in(reference, names)
+    return names
 
 
 def labelled(reference: Any, label_key: str, unlabelled: str) -> tuple[np.ndarray, np.ndarray]:
@@ -48,17 +85,13 @@ def hold_out(reference: Any, known: np.ndarray, group_key: str | None, seed: int
     """bool [n_obs]: labelled cells that set the rule, a quarter of them; whole groups where there is a key.
 
     Raises:
-      ValueError: no such column, or fewer than two groups.
+      ValueError: fewer than two groups.
     """
     rng, rows = np.random.default_rng(seed), np.flatnonzero(known)
     held = np.zeros(len(known), bool)
     if group_key is None:
         held[rng.permutation(rows)[: max(round(HELD_OUT * len(rows)), 1)]] = True
         return held
-    if group_key not in reference.obs:
-        raise ValueError(
-            f"the reference has no obs column {group_key!r}; there are {sorted(reference.obs.columns)}"
-        )
     groups = reference.obs[group_key].astype(str).to_numpy()
     names = np.unique(groups[rows])
     if len(names) < 2:
@@ -92,11 +125,14 @@ def tune(
     names: np.ndarray,
     method: str,
     group_key: str | None,
+    context: Sequence[str] = (),
     **how: Any,
 ) -> Any:
     """A copy of ``model`` with a head for the labels of ``reference``, fine-tuned on it. Classes are drawn
-    alike; a fifth of the cells, or of the groups, says when to stop."""
+    alike; a fifth of the cells, or of the groups, says when to stop. ``context`` names the tokens of the
+    model that it is told, see :func:`context_of`."""
     from scjax.corpus import build_corpus
+    from scjax.corpus.obs import categorise
     from scjax.finetune.fit import FitConfig, fit
     from scjax.finetune.tasks import Task
 
@@ -111,14 +147,22 @@ def tune(
         batch_size=batch,
         learning_rate=RATES[method],
         weights={label_key: 0.0},
+        context=tuple(context),
         **how,
     )
-    columns = [label_key, *((split_by,) if split_by else ())]
+    told = model.context_in(reference, context)
+    studies = {"unknown": reference}
+    if "dataset" in told["labels"]:  # in a corpus the name of a study
+        codes, texts = categorise(reference.obs["dataset"])
+        names_of = {code: texts[code] if code >= 0 else "unknown" for code in np.unique(codes)}
+        studies = {name: reference[codes == code] for code, name in names_of.items()}
+    columns = dict.fromkeys([label_key, *([split_by] if split_by else []), *told["labels"]])
     with tempfile.TemporaryDirectory() as folder:
-        options: dict[str, Any] = {"labels": columns, "validation": 0.2, "duplicates": "sum"}
+        options: dict[str, Any] = {"validation": 0.2, "duplicates": "sum", "values": list(told["values"])}
+        options["labels"] = [column for column in columns if column != "dataset"]
         corpus = build_corpus(
-            [reference], Path(folder) / "corpus", names=["reference"], split_by=split_by, progress=False,
-            workers=1, **options,
+            list(studies.values()), Path(folder) / "corpus", names=list(studies), split_by=split_by,
+            progress=False, workers=1, **options,
         )  # fmt: skip
         found = fit(model, corpus, {label_key: Task()}, config)
     found.pop("report")

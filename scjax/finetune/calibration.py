@@ -131,7 +131,11 @@ def unassigned_rule(
 
 
 def judge(
-    kind: str, outputs: np.ndarray, target: np.ndarray, max_error: float | None = None
+    kind: str,
+    outputs: np.ndarray,
+    target: np.ndarray,
+    max_error: float | None = None,
+    tunes: np.ndarray | None = None,
 ) -> tuple[float, dict[str, Any]]:
     """``(temperature, report)`` of a task on held-out cells.
 
@@ -140,37 +144,44 @@ def judge(
       outputs: float [n, size], logits; of a regression, values in the units of the target.
       target: int [n], -1 where unknown, or float [n, size], NaN where unknown.
       max_error: of the rule that leaves cells unassigned; None for no rule.
+      tunes: bool [n], the cells that set the temperature; the others judge it, and set the rule. None: all do
+        both, and what is told of the temperature is too good.
 
     Returns:
-      The report: ``cells`` and, of classes, ``accuracy``, ``macro_f1`` over the classes that occur,
-      ``log_loss`` and ``ece`` before and after the temperature, ``reliability``, ``rule``; of an order also
-      ``mean_rank_error``; of several labels ``log_loss`` and ``average_precision``; of a regression ``r2``
-      and ``rmse``, means over its values.
+      The report: ``cells`` and, of classes, ``accuracy``, ``macro_f1`` over the classes that occur, and of
+      the cells that judge the temperature, ``judged``, ``log_loss`` and ``ece`` before and after it,
+      ``reliability``, ``rule``; of an order also ``mean_rank_error``; of several labels ``log_loss`` and
+      ``average_precision``; of a regression ``r2`` and ``rmse``, means over its values.
     """
     from sklearn.metrics import average_precision_score, f1_score
 
     report: dict[str, Any] = {}
+    sets = judges = np.ones(len(target), bool)
+    if tunes is not None:
+        sets, judges = tunes, ~tunes
     if kind in ("classes", "ordinal"):
         known = target >= 0
-        outputs, target = outputs[known], target[known]
+        outputs, target, sets, judges = outputs[known], target[known], sets[known], judges[known]
         if not len(target):
             return 1.0, {"cells": 0}
-        temperature = fit_temperature(outputs, target)
+        temperature = fit_temperature(outputs[sets], target[sets])
         guess, report = outputs.argmax(1), report | {"cells": len(target)}
         report["accuracy"] = float((guess == target).mean())
         report["macro_f1"] = float(f1_score(target, guess, labels=np.unique(target), average="macro"))
         if kind == "ordinal":
             report["mean_rank_error"] = float(np.abs(guess - target).mean())
+        report |= {"temperature": temperature, "judged": int(judges.sum())}
+        if not judges.any():
+            return temperature, report
+        outputs, target, right = outputs[judges], target[judges], (guess == target)[judges]
         for name, t in (("before", 1.0), ("after", temperature)):
             confidence = softmax(outputs / t, axis=1).max(1)
-            told = reliability(confidence, guess == target)
+            told = reliability(confidence, right)
             report |= {f"log_loss_{name}": log_loss(outputs, target, t), f"ece_{name}": told["ece"]}
         report["reliability"] = told["bins"]
         if max_error is not None:
-            report["rule"] = _plain(
-                dataclasses.asdict(unassigned_rule(confidence, guess == target, max_error))
-            )
-        return temperature, report | {"temperature": temperature}
+            report["rule"] = _plain(dataclasses.asdict(unassigned_rule(confidence, right, max_error)))
+        return temperature, report
     target = target.reshape(outputs.shape)
     known = np.isfinite(target)
     report = {"cells": int(known.any(-1).sum())}
@@ -178,9 +189,12 @@ def judge(
         return 1.0, report
     columns = [c for c in range(outputs.shape[1]) if known[:, c].sum() > 1]
     if kind == "multilabel":
-        temperature = fit_temperature(outputs, target)
-        report |= {f"log_loss_{name}": log_loss(outputs, target, t)
-                   for name, t in (("before", 1.0), ("after", temperature))}  # fmt: skip
+        sets, judges = sets & known.any(-1), judges & known.any(-1)
+        temperature = fit_temperature(outputs[sets], target[sets])
+        report["judged"] = int(judges.sum())
+        if judges.any():
+            report |= {f"log_loss_{name}": log_loss(outputs[judges], target[judges], t)
+                       for name, t in (("before", 1.0), ("after", temperature))}  # fmt: skip
         scores = [average_precision_score(target[known[:, c], c], outputs[known[:, c], c]) for c in columns
                   if target[known[:, c], c].any()]  # fmt: skip
         report["average_precision"] = float(np.mean(scores)) if scores else None

@@ -20,20 +20,22 @@ import numpy as np
 
 from scjax.config import from_config
 from scjax.finetune.lora import LoRA, merge
+from scjax.finetune.model import FinetunedConfig
 from scjax.finetune.rates import make_finetune_optimizer
 from scjax.finetune.run import (
     SYSTEM,
     Reader,
     Stopping,
     calibrate,
-    complete,
-    frequencies,
+    groups_of,
+    prepare,
     put,
     validation_error,
 )
 from scjax.finetune.tasks import Task
 from scjax.loader import Loader, cells
 from scjax.models import build
+from scjax.nn.context import check_context, tokens_of
 from scjax.nn.module import bind, flatten, nest, shapes_of
 from scjax.parallel import MeshConfig, layout_for, place
 from scjax.train import (
@@ -59,6 +61,8 @@ class FitConfig:
       layer_decay, freeze_layers: see :func:`scjax.finetune.layer_rates`.
       weights: of the cells that are drawn, such as ``{"cell_type": 0.0}`` for all classes alike; see
         :class:`scjax.loader.Loader`.
+      context: names of the context tokens of the base that the corpus tells it, see
+        :class:`scjax.finetune.FinetunedConfig`.
       eval_every, patience: steps between evaluations, and how many without a better one end it; None never
         ends it, and needs no validation cells: without any the last state is taken.
       seed: of the order of the cells.
@@ -74,6 +78,7 @@ class FitConfig:
     layer_decay: float = 1.0
     freeze_layers: int = 0
     weights: dict[str, Any] | None = None
+    context: tuple[str, ...] = ()
     eval_every: int = 25
     patience: int | None = 4
     seed: int = 0
@@ -100,8 +105,8 @@ def _steps(model: str, n_genes: int, config: str) -> Any:
 def fit(
     model: Any, corpus: Any, tasks: Mapping[str, Task], config: FitConfig | None = None
 ) -> dict[str, Any]:
-    """Fine-tunes a model on the training cells of a corpus; its validation cells choose the step and the
-    temperatures. On one process.
+    """Fine-tunes a model on the training cells of a corpus; its validation cells choose the step, and half of
+    them the temperatures. On one process.
 
     Args:
       model: the base, what ``scjax.load`` returns.
@@ -124,27 +129,31 @@ def fit(
             f"{corpus.path} has no validation cells to stop by: build it with validation=, or "
             "give patience=None"
         )
-    sources = sorted({task.source or name for name, task in tasks.items() if task.categorical})
-    drawn = frequencies(corpus, [s for s in sources if s in corpus.columns], config.weights)
-    tasks = complete(tasks, corpus.columns, getattr(corpus, "values", {}), drawn)
-    about = {
-        "base": {"system": model.system, "model": model.config},
+    cell_level = [(task.source or name, task) for name, task in tasks.items() if task.level == "cell"]
+    told = {n: token["kind"] for n, token in tokens_of(model.config).items() if n in config.context}
+    told |= {name: "label" if task.categorical else "value" for name, task in cell_level}
+    labels = sorted(name for name, kind in told.items() if kind == "label")
+    values = sorted(told.keys() - set(labels))
+    wanted: dict[str, Any] = {
         "tasks": {name: dataclasses.asdict(task) for name, task in tasks.items()},
         "train": config.train,
         "lora": dataclasses.asdict(config.lora),
         "freeze": config.freeze,
+        "context": config.context,
     }
+    corpus, about = prepare(SYSTEM, wanted, (labels, values), config.weights, model, corpus)
+    tasks = from_config(FinetunedConfig, about).tasks
+    about = {name: value for name, value in about.items() if name in wanted or name == "base"}
     compiled = dataclasses.replace(config, seed=0, weights=None, patience=None, eval_every=1)
     abstract_model, abstract, fresh, train_step, eval_step, reader = _steps(
         json.dumps(about), len(model.vocabulary), json.dumps(dataclasses.asdict(compiled))
     )
     mesh = abstract["step"].sharding.mesh
-    carried: dict[str, Any] = {"labels": sources}
-    values = sorted({task.source or name for name, task in tasks.items() if not task.categorical})
-    if values:
-        carried["values"] = values
-    options = {"vocabulary": model.vocabulary, "seed": config.seed, "n_buckets": 1, **carried}
+    options: dict[str, Any] = {"vocabulary": model.vocabulary, "seed": config.seed, "n_buckets": 1}
+    options |= {"labels": labels, "values": values}
     loader = Loader(corpus, config.batch_size, weights=config.weights, **options)
+    widths = {name: len(panel.features) for name, panel in loader.panels.items()}
+    check_context(about, {name: corpus.columns[name] for name in labels}, widths)
     if judging:
         held_out = Loader(corpus, config.batch_size, split="validation", shuffle=False, epochs=1, **options)
 
@@ -168,7 +177,7 @@ def fit(
     report: dict[str, Any] = {}
     if best is not None:
         state = put(state, flatten(best["params"]) | flatten(best["buffers"]))
-        temperatures, report = calibrate(tasks, reader.outputs(state, held_out), None)
+        temperatures, report = calibrate(tasks, reader.outputs(state, held_out), None, groups_of(corpus))
         state = put(state, temperatures)
     return {
         "system": SYSTEM,
@@ -178,7 +187,7 @@ def fit(
         "buffers": state["buffers"],
         "step": stopping.step or step,
         "path": model.path,
-        "categories": {name: list(corpus.columns[name]) for name in sources},
+        "categories": model.categories | {name: list(corpus.columns[name]) for name in labels},
         "report": report,
     }
 

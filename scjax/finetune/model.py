@@ -21,6 +21,7 @@ from scjax.encoding import row_keys
 from scjax.finetune.lora import LoRA, attach, freeze, matching, variables_of
 from scjax.finetune.tasks import Head, Task
 from scjax.models.wrapper import Wrapper
+from scjax.nn.context import tokens_of
 from scjax.types import CellBatch
 
 
@@ -36,6 +37,8 @@ class FinetunedConfig:
       freeze: patterns of paths of the base that are frozen with "all" too, such as "gene/*".
       lora: the adapters, with "lora".
       objective_weight: of the base's own loss beside the tasks; 0 leaves it out.
+      context: names of the context tokens of the base that it is told; None for all.
+        ``experiments/finetune.py`` takes those that the run's batches carry, but for what is to be predicted.
     """
 
     base: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -44,6 +47,7 @@ class FinetunedConfig:
     freeze: tuple[str, ...] = ()
     lora: LoRA = LoRA()
     objective_weight: float = 0.0
+    context: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -52,6 +56,8 @@ class FinetunedConfig:
         if self.train == "head" and (reversed_ or self.objective_weight):
             what = f"the reversed task {reversed_[0]!r}" if reversed_ else "objective_weight"
             raise ConfigError(f'model.train = "head" freezes the base, which {what} is to train')
+        if self.objective_weight and self.context is not None:
+            raise ConfigError("model.context leaves out what the base's own loss, objective_weight, reads")
         if self.train != "all" and self.freeze:
             raise ConfigError(f'model.freeze goes with train = "all"; {self.train!r} freezes all of the base')
 
@@ -72,7 +78,12 @@ class Finetuned(Wrapper):
                 f'model.base has {sorted(config.base)}; it holds "system" and "model", the config of the base'
             )
         super().__init__(config.base["system"], config.base["model"], n_genes, rngs=rngs)
-        self.config = config
+        self.config, tokens = config, tokens_of(config.base["model"])
+        self.untold = () if config.context is None else tuple(sorted(tokens.keys() - set(config.context)))
+        if strange := set(config.context or ()) - tokens.keys():
+            raise ConfigError(
+                f"model.context has {sorted(strange)[0]!r}; the base is told {sorted(tokens) or 'nothing'}"
+            )
         if config.train == "lora":
             attach(self.base, config.lora, rngs)
             freeze(self.base, lambda path: not path.endswith(("/lora_a", "/lora_b")))
@@ -107,9 +118,22 @@ class Finetuned(Wrapper):
     # --------------------------------------------------------------------------------- vectors
     def features(self, batch: CellBatch, keys: Array | None = None) -> Array:
         """float [B, D]: what heads of cells read, the base's embedding; ``keys`` [B] for dropout."""
-        if keys is None or not self.takes_keys:
-            return self.base.embed(batch)
-        return self.base.embed(batch, keys)
+        return self.embed(batch, keys if self.takes_keys else None)
+
+    def embed(self, batch: CellBatch, keys: Array | None = None) -> Array:
+        """The base's embedding of what it is told, see ``FinetunedConfig.context``."""
+        return super().embed(self._told(batch), keys)
+
+    def states(self, batch: CellBatch, keys: Array | None = None) -> tuple[Array, Array]:
+        """See :class:`Wrapper`."""
+        return super().states(self._told(batch), keys)
+
+    def _told(self, batch: CellBatch) -> CellBatch:
+        if not self.untold:
+            return batch
+        label, value = ({k: x for k, x in there.items() if k not in self.untold}
+                        for there in (batch.label, batch.value))  # fmt: skip
+        return batch.replace(label=label, value=value)
 
     def outputs(self, batch: CellBatch, keys: Array | None = None) -> tuple[dict[str, Array], Array | None]:
         """``(outputs, gene_id)``: of each task float32 [B, size], or [B, S, size] at the level of genes,
@@ -139,7 +163,8 @@ class Finetuned(Wrapper):
             assert gene_id is not None
             slot = jnp.clip(gene_id, 0, self.n_genes - 1)
             target, held_out = head.target[...][slot], head.held_out[...]
-            known = jnp.isfinite(target if task.categorical else target.sum(-1)) & (gene_id >= 0)
+            finite = jnp.isfinite(target)
+            known = (finite if task.categorical else finite.any(-1)) & (gene_id >= 0)
             # genes that are held out are judged, the others are learned from
             own = jnp.where(held_out.any(), held_out[slot] == float(self.deterministic), True)
             if task.categorical:

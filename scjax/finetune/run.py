@@ -6,24 +6,31 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import pathlib
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scjax.config import ConfigError, nearest
+from scjax.config import ConfigError, from_config, nearest
 from scjax.finetune.calibration import judge
 from scjax.finetune.tasks import Task
+from scjax.loader.weights import check_spec
+from scjax.models import resolve
+from scjax.nn.context import tokens_of
 from scjax.nn.module import Abstract, bind, flatten, nest
 from scjax.parallel import Layout, batch_sharding, place, replicated
-from scjax.train import RunConfig
+from scjax.train import CheckpointError, Restored, RunConfig, as_begun
 from scjax.train.state import State, judged_params, shardings_of
 from scjax.types import CellBatch
 
 N_CELLS = 2048  # of training, which the scales of features and targets are taken from
+HANDED_OVER = {"handed_over": True}
 SYSTEM = "scjax.finetune.model:Finetuned"
 
 
@@ -123,21 +130,76 @@ def complete(
 
 
 def frequencies(corpus: Any, columns: Sequence[str], weights: Mapping[str, Any] | None) -> dict[str, Any]:
-    """How often the categories of label columns are drawn in training: the cells of each, or what
-    ``data.weights`` makes of them where it names that column alone."""
-    out: dict[str, Any] = {}
-    for column in columns:
-        codes = np.concatenate([part.codes(column) for part in corpus.split("train")])
-        counts = np.bincount(codes[codes >= 0], minlength=len(corpus.columns[column])).astype(float)
-        if weights and set(weights) - {column}:
-            continue  # weights of another column change this one's frequencies in a way of their own
-        how = (weights or {}).get(column)
-        if isinstance(how, Mapping):
-            counts = np.array([how.get(name, 0.0) for name in corpus.columns[column]])
-        elif how is not None:
-            counts = np.where(counts > 0, counts ** float(how), 0.0)
-        out[column] = counts.tolist()
-    return out
+    """How often the categories of label columns are drawn in training, relative to each other: by the cells
+    of each, by ``data.weights`` of any columns and by the shares of a mixture (see
+    :class:`scjax.loader.Loader`)."""
+    check_spec(weights or {})
+    shares, parts = getattr(corpus, "shares", None), corpus.split("train")
+    per_row: dict[str, np.ndarray] = {}  # weight of a cell of each category; the last is of none
+    for column, how in (({"corpus": shares} if shares else {}) | dict(weights or {})).items():
+        if column not in corpus.columns:
+            raise KeyError(
+                f"data.weights: {corpus.path} has no label column {column!r}; it has {list(corpus.columns)}"
+            )
+        names = [*corpus.columns[column], None]
+        n = np.sum([np.bincount(part.codes(column) % len(names), minlength=len(names)) for part in parts], 0)
+        of = [how.get(name, 0.0) for name in names] if isinstance(how, Mapping) else n ** float(how)
+        per_row[column] = np.where(n > 0, of, 0.0) / np.maximum(n, 1)
+    out = {column: np.zeros(len(corpus.columns[column]) + 1) for column in columns}
+    for part in parts:
+        weight = np.ones(part.n_cells)
+        for column, of in per_row.items():
+            weight *= of[part.codes(column)]
+        for column, drawn in out.items():
+            drawn += np.bincount(part.codes(column) % len(drawn), weight, minlength=len(drawn))
+    return {column: drawn[:-1].tolist() for column, drawn in out.items()}
+
+
+def prepare(
+    system: str,
+    model: Mapping[str, Any],
+    carried: tuple[Sequence[str] | None, Sequence[str] | None],
+    weights: Mapping[str, Any] | None,
+    begin: Any,
+    corpus: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """``(corpus, model)``: the corpus in the numbers of the base (:func:`scjax.train.as_begun`), and all
+    fields of the model: its base, its tasks with what the data say of them, and which context it is told.
+
+    Args:
+      system, model: of the run's config.
+      carried: labels and values that batches carry, None for all.
+      weights: of the cells that are drawn.
+      begin: the base, what ``scjax.load`` returns.
+      corpus: of the run.
+
+    Raises:
+      ConfigError: as :func:`complete` and :func:`scjax.train.as_begun`.
+    """
+    wanted: Any = from_config(resolve(system)[1], model, where="config.model")
+    told = wanted.context
+    if told is None and not wanted.objective_weight:
+        learned = {task.source or name for name, task in wanted.tasks.items() if not task.reverse}
+        labels = corpus.columns if carried[0] is None else carried[0]
+        values = corpus.panels if carried[1] is None else carried[1]
+        there = {n: labels if of["kind"] == "label" else values for n, of in tokens_of(begin.config).items()}
+        told = tuple(name for name in sorted(there) if name in there[name] and name not in learned)
+    wanted = dataclasses.replace(wanted, base={"system": begin.system, "model": begin.config}, context=told)
+
+    def grows(field: str) -> bool:
+        kind, _, name = field.partition(".")
+        path = f"{kind}/token/{name}/embedding"
+        return (
+            wanted.train == "all"
+            and not any(fnmatchcase(path, pattern) for pattern in wanted.freeze)
+            and (bool(name) or bool(wanted.objective_weight))
+        )
+
+    corpus = as_begun(corpus, dataclasses.asdict(wanted), begin.config, begin.categories, grows)
+    sources = {task.source or name for name, task in wanted.tasks.items() if task.categorical}
+    drawn = frequencies(corpus, sorted(sources & set(corpus.columns)), weights)
+    tasks = complete(wanted.tasks, corpus.columns, corpus.values, drawn)
+    return corpus, dataclasses.asdict(dataclasses.replace(wanted, tasks=tasks))
 
 
 def validation_error(means: Mapping[str, float], tasks: Mapping[str, Task]) -> float:
@@ -219,6 +281,8 @@ class Reader:
                     target, weight = network.target(name, batch, gene_id)
                     y = head.predict(found[name]) if head.task.kind == "regression" else found[name]
                     out[name] = {"row": batch.row, "output": y, "target": target, "weight": weight}
+                    if head.task.level == "gene":
+                        out[name]["gene"] = gene_id
                 return out
 
         given, told = (shardings_of(abstract), batch_sharding(self._mesh)), replicated(self._mesh)
@@ -250,8 +314,9 @@ class Reader:
         return values
 
     def outputs(self, state: State, loader: Any, max_batches: int | None = None) -> dict[str, dict[str, Any]]:
-        """Of each task ``{"row", "output", "target"}`` of the cells (of genes: one a gene and cell) of a
-        loader that ends: outputs before calibration, those of a regression in the units of the target."""
+        """Of each task ``{"row", "output", "target"}`` of the cells (of genes: one a gene and cell, and
+        "gene") of a loader that ends: outputs before calibration, those of a regression in the units of the
+        target."""
         pieces: dict[str, list[dict[str, Any]]] = {}
         with closing(iter(loader)) as batches:
             for batch in itertools.islice(batches, max_batches):
@@ -288,14 +353,69 @@ def put(state: State, values: Mapping[str, Any]) -> State:
     return out
 
 
+def check_end(path: pathlib.Path, restored: Restored | None, ended: bool) -> None:
+    """Holds the newest checkpoint of a run against whether the run, as configured, is at its end: the one
+    that it ends with, marked in its cursor by :data:`HANDED_OVER`, is its best state and not its last.
+
+    Raises:
+      CheckpointError: the run has ended and is to go on, or stands beyond its end.
+    """
+    if restored is None:
+        return
+    over = "handed_over" in restored.cursor or (path / "report.json").exists()
+    if over and not ended:
+        raise CheckpointError(
+            f"{path} is finished: its checkpoint {restored.step} is the best state, not the last, and "
+            "training cannot go on from there. For more steps or patience begin a run in another directory"
+        )
+    if ended and not over:
+        raise CheckpointError(
+            f"{path} already stands at step {restored.step} of a longer run: give train.steps and patience "
+            "as they were, or more"
+        )
+
+
+def groups_of(corpus: Any) -> np.ndarray | None:
+    """int32 [rows]: the group of each cell that the corpus was split by, -1 where unknown; None where that is
+    not known."""
+    column = corpus.manifest.get("options", {}).get("split_by")
+    if column not in corpus.columns:
+        return None
+    return np.concatenate([part.codes(column) for part in corpus.parts])
+
+
+def halves(keys: np.ndarray) -> np.ndarray:
+    """bool [n]: about half of the cells, those of one key together; which keys a hash of them says."""
+    names, codes = np.unique(keys, return_inverse=True)
+    order = np.argsort([zlib.crc32(str(name).encode()) for name in names.tolist()], kind="stable")
+    first = np.zeros(len(names), bool)
+    first[order[::2]] = True
+    return first[codes]
+
+
 def calibrate(
-    tasks: Mapping[str, Task], found: Mapping[str, Mapping[str, Any]], max_error: float | None
+    tasks: Mapping[str, Task],
+    found: Mapping[str, Mapping[str, Any]],
+    max_error: float | None,
+    groups: np.ndarray | None = None,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """``(temperatures by path, report by task)`` of :meth:`Reader.outputs` of held-out cells."""
+    """``(temperatures by path, report by task)`` of :meth:`Reader.outputs` of held-out cells.
+
+    Half of the cells sets temperatures, the others judge them and set the rule. All of them chose the step,
+    so that errors of other cells may be a little larger than told.
+
+    Args:
+      tasks, found: by name.
+      max_error: of the rule, None for none.
+      groups: of each row (:func:`groups_of`), so that a group stands in one half; genes always do.
+    """
     temperatures, report = {}, {}
     for name, task in tasks.items():
-        rule = max_error if task.level == "cell" else None
-        temperature, report[name] = judge(task.kind, found[name]["output"], found[name]["target"], rule)
+        of, rule = found[name], max_error if task.level == "cell" else None
+        keys = of["row"] if groups is None else groups[of["row"]]
+        keys = of.get("gene", keys)
+        tunes = halves(keys if len(np.unique(keys)) > 1 else of["row"])
+        temperature, report[name] = judge(task.kind, of["output"], of["target"], rule, tunes)
         if task.kind != "regression":
             temperatures[f"heads/{name}/temperature"] = temperature
     return temperatures, report

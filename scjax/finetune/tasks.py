@@ -15,6 +15,8 @@ from scjax.nn.layers import MLP
 from scjax.nn.module import Buffer
 from scjax.objectives import reverse_gradient
 
+RAREST = 1e-6  # least prior of a class
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -36,7 +38,8 @@ class Task:
         where the codes of the label are in order.
       rank: place in the order of each code, worked out from ``order`` by :func:`scjax.finetune.complete`.
       class_weight: of the cells of each class; () for 1.
-      prior: frequency of each class among the cells that are drawn, for ``logit_adjustment``.
+      prior: frequency of each class among the cells that are drawn, for ``logit_adjustment``; one that is
+        never drawn counts as one in a million.
       logit_adjustment: tau; the loss is that of logits + tau log(prior), so that the logits themselves are
         those of classes that are equally frequent (Menon et al., ICLR 2021). 0 for none.
     """
@@ -71,6 +74,8 @@ class Task:
             given = getattr(self, field)
             if given and len(given) != self.size:
                 raise ConfigError(f"{where}.{field} has {len(given)} numbers for {self.size} classes")
+        if self.kind != "ordinal" and (self.order or self.rank):
+            raise ConfigError(f'{where}: order and rank are for kind "ordinal", not {self.kind!r}')
         if self.kind != "classes" and (self.class_weight or self.logit_adjustment):
             raise ConfigError(
                 f'{where}: class_weight and logit_adjustment are for kind "classes", not {self.kind!r}'
@@ -146,9 +151,9 @@ class Head(nnx.Module):
         # a class that the head does not have gives NaN, which ends the run, and no wrong gradient
         hot = jax.nn.one_hot(known, task.size)
         hot = jnp.where((known < task.size)[..., None], hot, jnp.nan)
-        adjusted = (
-            y + task.logit_adjustment * jnp.log(jnp.asarray(task.prior)) if task.logit_adjustment else y
-        )
+        adjusted = y
+        if task.logit_adjustment:
+            adjusted = y + task.logit_adjustment * jnp.log(jnp.maximum(jnp.asarray(task.prior), RAREST))
         each = weight * (hot @ jnp.asarray(task.class_weight)) if task.class_weight else weight
         nll = jax.nn.logsumexp(adjusted, -1) - (hot * adjusted).sum(-1)
         total, of = jnp.where(weight > 0, each * nll, 0.0).sum(), jnp.where(weight > 0, each, 0.0).sum()
