@@ -1,5 +1,6 @@
 """Runs that begin with the weights of another."""
 
+import pathlib
 from contextlib import closing
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import runs
+from finetuning import base_handle
 from synthetic import synthetic_adata
 
 import scjax
@@ -138,6 +140,26 @@ class TestNumbersOfTheOther:
         loader = Loader(found, 20, labels=["assay", "tissue"])
         with closing(iter(loader)) as batches:
             assert (next(batches).label["assay"] == -1).all()
+
+
+def test_continued_pretraining_keeps_the_numbers_of_the_other(place, corpora, tmp_path):
+    told = {"context": {"tissue": {"kind": "label", "size": 3}}}
+    known = {"tissue": ["lung", "blood"], "assay": ["10x"]}
+    base = base_handle(tmp_path, told, known)
+    scjax.export_pretrained(base, tmp_path / "base")
+    config = pathlib.Path(tmp_path / "config.py")
+    fields = {"system": "scgpt", "model": dict(base.config), "start": str(tmp_path / "base"), "seed": 0}
+    fields["data"] = {"corpus": str(corpora[1]), "batch_size": 20, "labels": ("tissue",)}
+    fields |= {"optimizer": {"learning_rate": 1e-3}, "train": {"steps": 1}}
+    config.write_text(
+        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({fields!r})\n"
+    )
+    runs.pretrain(str(config), tmp_path / "run", cache=place / "cache")
+    # of bone and lung, which the corpus has, lung is what it was; bone is new
+    found = scjax.load(tmp_path / "run")
+    assert found.categories == {"tissue": ["lung", "blood", "bone"], "assay": ["10x"]}
+    moved = [np.abs(x["context"]["token"]["tissue"]["embedding"]) for x in (found.params, base.params)]
+    assert ((moved[0] != moved[1]).any(1) == [True, False, True]).all()
 
 
 def test_a_wrapper_holds_its_base_at_the_same_paths(place):

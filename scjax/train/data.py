@@ -117,7 +117,7 @@ def as_begun(
                 f"{name!r} of the corpus has {new[0]!r}, which the model to begin with was not trained with, "
                 f"nor is there room to learn it (config.model.{field});{nearest(new[0], there)} it has "
                 f"{', '.join(map(repr, there[:5]))}{', ...' if len(there) > 5 else ''}. Rename it in the "
-                "corpus; what is fine-tuned can also do without, where data.labels or model.context leave it out"
+                "corpus; fine-tuning can also do without it, where data.labels or model.context leave it out"
             )
         columns[name] = [*there, *new]
     return _renumbered(corpus, columns, panels) if columns or panels else corpus
