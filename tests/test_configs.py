@@ -22,6 +22,7 @@ def test_every_system_has_a_config():
     assert set(SYSTEMS) <= {config.stem for config in (ROOT / "configs").glob("*.py")}
 
 
+@pytest.mark.smokes
 @pytest.mark.parametrize("system", sorted(SYSTEMS))
 def test_smoke(system, files):
     model = scjax.load(smoke(system, files, fast_compile=False))
