@@ -137,7 +137,7 @@ def finetune(config: FinetuneConfig, workdir: str, preemption: Preemption) -> bo
     lines = read_metrics(run.metrics) if run.metrics.exists() else []
     judged = [line for line in lines if line["step"] <= step and "validation/error" in line]
     stopping = Stopping(config.patience, [(line["step"], line["validation/error"]) for line in judged])
-    check_end(run.path, restored, step >= steps or stopping.ended)
+    over = check_end(run.path, restored, step >= steps or stopping.ended)
     barrier("scjax:finetune:metrics")
     for later in checkpoint_steps(run.path / "best"):  # of a life that went on from here and was cut short
         if later > step and process == 0:
@@ -201,7 +201,7 @@ def finetune(config: FinetuneConfig, workdir: str, preemption: Preemption) -> bo
 
         # -------------------------------------------------------------------------- the best state
         report = run.path / "report.json"
-        if not leaving and not report.exists():
+        if not leaving and not (over and report.exists()):
             best.wait()
             chosen = best.restore(abstract)
             found = reader.outputs(chosen.state, validation)

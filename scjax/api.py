@@ -411,7 +411,7 @@ def annotate(
     how: dict[str, Any] = {"batch_size": batch_size, "layer": layer, "duplicates": "sum"}
     if reference is not None:
         names, known = ways.labelled(reference, label_key, unlabelled)
-        ways.check(reference, label_key, group_key, set(names[known]), max_error)
+        ways.check(reference, label_key, group_key, set(names[known]), max_error, certainty)
         held = known & False
         if max_error is not None:
             held = ways.hold_out(reference, known, group_key, seed=0)

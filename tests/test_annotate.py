@@ -88,6 +88,8 @@ def test_it_is_told_before_any_work(handle, reference):
     reference.obs["cell_type"] = reference.obs["cell_type"].cat.rename_categories({"type0": "unassigned"})
     with pytest.raises(ValueError, match="has the label 'unassigned'.*rename it"):
         scjax.annotate(query, handle, reference=reference, max_error=0.3)
+    with pytest.raises(ValueError, match="certainty is 90"):
+        scjax.annotate(query, handle, reference=reference, max_error=0.3, certainty=90)
     reference.X.data[0] = -1.0  # not counts: found when the reference is embedded, after the query
     with pytest.raises(ValueError, match="counts"):
         scjax.annotate(query, handle, reference=reference)

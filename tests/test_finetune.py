@@ -433,13 +433,15 @@ def test_a_gene_with_one_blank_value_keeps_the_others(handle):
 
 def test_a_run_that_has_ended_does_not_go_on(tmp_path):
     last, handed = (Restored({}, cursor, 6) for cursor in ({"step": 6}, {"step": 6} | HANDED_OVER))
-    check_end(tmp_path, None, False)
-    check_end(tmp_path, last, False)
-    check_end(tmp_path, handed, True)
+    assert not check_end(tmp_path, None, False) and not check_end(tmp_path, last, False)
+    assert check_end(tmp_path, handed, True)
     with pytest.raises(CheckpointError, match="checkpoint 6 is the best state, not the last"):
         check_end(tmp_path, handed, False)
     with pytest.raises(CheckpointError, match="already stands at step 6 of a longer run"):
         check_end(tmp_path, last, True)
+    # the report of a checkpoint that was damaged and set aside says nothing of an earlier one
+    (tmp_path / "report.json").write_text('{"steps": 6}')
+    assert check_end(tmp_path, last, True) and not check_end(tmp_path, Restored({}, {}, 4), False)
 
 
 def test_stopping_knows_what_it_knew():

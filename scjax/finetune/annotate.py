@@ -20,14 +20,24 @@ METHODS = ("probe", "head", "lora", "all")
 RATES = {"head": 2e-2, "lora": 5e-3, "all": 5e-4}  # a head alone has far to go from where it begins
 
 
-def check(reference: Any, label_key: str, group_key: str | None, names: Any, max_error: float | None) -> None:
-    """Raises ValueError where obs has no column of the groups (lists those it has), or where cells that are
-    left without a label could not be told from those of a label ``names`` holds."""
+def check(
+    reference: Any,
+    label_key: str,
+    group_key: str | None,
+    names: Any,
+    max_error: float | None,
+    certainty: float,
+) -> None:
+    """Raises ValueError where obs has no column of the groups (lists those it has), where cells that are left
+    without a label could not be told from those of a label ``names`` holds, or for shares that are none."""
     if group_key is not None and group_key not in reference.obs:
         raise ValueError(
             f"the reference has no obs column {group_key!r}; there are {sorted(reference.obs.columns)}"
         )
-    if max_error is not None and UNASSIGNED in names:
+    if max_error is None:
+        return
+    unassigned_rule(np.ones(0), np.ones(0, bool), max_error, certainty)
+    if UNASSIGNED in names:
         raise ValueError(
             f"obs[{label_key!r}] of the reference has the label {UNASSIGNED!r}, which is what cells get that "
             f"max_error leaves without one: rename it, or give unlabelled={UNASSIGNED!r}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import pathlib
 import zlib
@@ -353,16 +354,23 @@ def put(state: State, values: Mapping[str, Any]) -> State:
     return out
 
 
-def check_end(path: pathlib.Path, restored: Restored | None, ended: bool) -> None:
-    """Holds the newest checkpoint of a run against whether the run, as configured, is at its end: the one
-    that it ends with, marked in its cursor by :data:`HANDED_OVER`, is its best state and not its last.
+def check_end(path: pathlib.Path, restored: Restored | None, ended: bool) -> bool:
+    """Whether the newest checkpoint of a run is the one that it ends with, its best state and not its last:
+    marked in its cursor by :data:`HANDED_OVER`, or the one that its report tells of.
+
+    Args:
+      path: of the run.
+      restored: the checkpoint.
+      ended: whether the run, as configured, is at its end.
 
     Raises:
       CheckpointError: the run has ended and is to go on, or stands beyond its end.
     """
     if restored is None:
-        return
-    over = "handed_over" in restored.cursor or (path / "report.json").exists()
+        return False
+    over, report = "handed_over" in restored.cursor, path / "report.json"
+    if report.exists():
+        over = over or json.loads(report.read_text())["steps"] == restored.step
     if over and not ended:
         raise CheckpointError(
             f"{path} is finished: its checkpoint {restored.step} is the best state, not the last, and "
@@ -373,6 +381,7 @@ def check_end(path: pathlib.Path, restored: Restored | None, ended: bool) -> Non
             f"{path} already stands at step {restored.step} of a longer run: give train.steps and patience "
             "as they were, or more"
         )
+    return over
 
 
 def groups_of(corpus: Any) -> np.ndarray | None:
