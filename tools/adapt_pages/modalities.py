@@ -203,7 +203,7 @@ def said(what: str, rows: list[Any]) -> str:
 
 
 def main() -> None:
-    args = arguments(__doc__, steps=80, length=65, model="")
+    args = arguments(__doc__, steps=600, length=65, model="")
     begin = scjax.load(args.model or base(args.data))
     cells, everywhere, panel = studies(args.data, begin.vocabulary)
     train = Trainer(begin, cells, args.steps, args.length)
