@@ -52,6 +52,12 @@ def test_by_fine_tuning(handle, reference):
     ]
 
 
+def test_few_cells_are_shared_evenly_by_many_devices(handle):
+    query = planted(16, seed=2)
+    scjax.annotate(query, handle, reference=planted(80, seed=5), method="head")  # a quarter: 20, of 8 devices
+    assert query.obs["scjax_cell_type"].notna().all()
+
+
 def test_a_fine_tuned_model_needs_no_reference(handle, reference, tmp_path):
     corpus = scjax.build_corpus([reference], tmp_path / "c", names=["r"], progress=False, workers=1)
     found = fit(

@@ -141,6 +141,8 @@ def tune(
     """A copy of ``model`` with a head for the labels of ``reference``, fine-tuned on it. Classes are drawn
     alike; a fifth of the cells, or of the groups, says when to stop. ``context`` names the tokens of the
     model that it is told, see :func:`context_of`."""
+    import jax
+
     from scjax.corpus import build_corpus
     from scjax.corpus.obs import categorise
     from scjax.finetune.fit import FitConfig, fit
@@ -150,7 +152,8 @@ def tune(
     reference.obs[label_key] = names
     split_by = group_key if group_key and reference.obs[group_key].nunique() > 1 else None
     n = reference.n_obs
-    batch = min(32, max(n // 4, 2))
+    devices = jax.device_count()
+    batch = max(min(32, n // 4) // devices, 1) * devices  # which they share evenly
     config = FitConfig(
         train=method,
         steps=int(np.clip(10 * n // batch, 100, 2000)),
