@@ -275,8 +275,19 @@ def test_two_builders(files, tmp_path):
     assert build_corpus(files, out, **OPTIONS) is not None
 
 
-def test_a_worker_that_dies(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize("before_it_is_told", [False, True])
+def test_a_worker_that_dies(files, tmp_path, monkeypatch, before_it_is_told):
     monkeypatch.setattr(executors, "_START", "import os; os._exit(3)")
+    if before_it_is_told:
+        get = executors.Processes.get
+
+        def late(self, n):
+            children = get(self, n)
+            for child in children.values():
+                child.wait()
+            return children
+
+        monkeypatch.setattr(executors.Processes, "get", late)
     with pytest.raises(RuntimeError, match=r"a worker process ended \(status 3\) at .*use fewer workers"):
         build_corpus(files, tmp_path / "c", **OPTIONS, workers=2)
 

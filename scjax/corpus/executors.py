@@ -89,7 +89,8 @@ def beside(
             if left:
                 busy[connection] = left.pop()
                 report(busy[connection], 0)
-                connection.send(busy[connection])
+                with contextlib.suppress(OSError):  # of one that is dead, which receiving finds out
+                    connection.send(busy[connection])
 
         for connection in children:
             give(connection)
@@ -132,7 +133,8 @@ class Processes:
                 command = [sys.executable, "-c", _START, str(theirs.fileno())]
                 child = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
             self._held[ours] = child
-            ours.send((self._job.root, self._job.folder))
+            with contextlib.suppress(OSError):
+                ours.send((self._job.root, self._job.folder))
         return dict(itertools.islice(self._held.items(), n))
 
     def __exit__(self, *_: object) -> None:
