@@ -129,16 +129,18 @@ def test_nothing_is_lost_where_it_is_told_to_leave(place, lives, chance):
     """Notices at random moments, some before the first step; lines of metrics are of seven steps, so that a
     run leaves in the middle of one."""
     often = {
-        "train__steps": 400,
+        "train__steps": 600,
         "train__log_every": 7,
         "train__eval_every": 50,
         "train__checkpoint_every": 120,
     }
     whole, run = place / "undisturbed", place / "told"
     lives.whole(whole, **often)
-    at = 0
+    at = notices = 0
     for notice in range(12):
-        life = lives.begin(run, **often)
+        if at > 400:  # on a busy machine a notice comes late: the last must come before the run's own end
+            break
+        life, notices = lives.begin(run, **often), notices + 1
         if notice % 4:
             beyond = at + chance.randint(1, 30)
             life.until(lambda: last_step(run) >= beyond)  # noqa: B023  of this life
@@ -153,9 +155,9 @@ def test_nothing_is_lost_where_it_is_told_to_leave(place, lives, chance):
         assert left or "before the first step" in life.output
         at = int(left[1]) if left else at
         assert newest(run) == at
-    assert at > 9
-    assert f"steps {at} to 400" in lives.whole(run, **often)
-    assert_the_same(run, whole, 400)
+    assert at > 9 and notices > 3
+    assert f"steps {at} to 600" in lives.whole(run, **often)
+    assert_the_same(run, whole, 600)
 
 
 # ----------------------------------------------------------------------------------------- full disk

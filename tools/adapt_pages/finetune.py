@@ -65,7 +65,7 @@ def scores(truth: np.ndarray, guess: np.ndarray, seed: int) -> np.ndarray:
 
 
 def main() -> None:
-    args = arguments(__doc__, steps=60, cells=500, length=129, base="")
+    args = arguments(__doc__, steps=200, cells=500, length=129, base="")
     import scjax
     from scjax.api import Model
     from scjax.finetune import FitConfig, Task, fit, predict
