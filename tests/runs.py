@@ -15,8 +15,9 @@ from synthetic import synthetic_adata
 import scjax
 
 ROOT = pathlib.Path(__file__).parent.parent
-# ml_collections loads config files in a way that newer Pythons deprecate
-WARNINGS = ["-W", "error", "-W", "ignore:the load_module:DeprecationWarning"]
+# ml_collections loads config files in a way that newer Pythons deprecate; AnnData asks pandas for old options
+OLD = ("the load_module:DeprecationWarning", "The 'future.infer_string'", "The 'mode.chained_assignment'")
+WARNINGS = ["-W", "error", *(part for old in OLD for part in ("-W", f"ignore:{old}"))]
 
 
 def build_corpus(path: pathlib.Path, seed: int = 0) -> pathlib.Path:

@@ -170,7 +170,7 @@ def pair_cells(
         )
     bad = pairs["response"].isna().to_numpy()
     if pd.api.types.is_numeric_dtype(pairs["response"]):
-        bad |= ~np.isfinite(pairs["response"].to_numpy(float))
+        bad = bad | ~np.isfinite(pairs["response"].to_numpy(float))
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         raise ValueError(
