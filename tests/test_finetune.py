@@ -280,6 +280,15 @@ class TestCalibration:
         temperature, report = judge("multilabel", logits, marks, None, tunes)
         assert temperature == fit_temperature(logits[tunes], marks[tunes]) and report["judged"] == 200
 
+    def test_a_few_that_are_all_right_do_not_make_it_sure(self):
+        """Six genes in 200 cells each are six genes."""
+        target = np.repeat([0, 1, 0, 1, 0, 1], 200)
+        logits = np.where(target[:, None] == np.arange(2), 1.0, -1.0)
+        several = (target == 1).astype(float)[:, None]
+        for outputs, true in ((logits, target), (np.where(several, 2.0, -2.0), several)):
+            assert 0.6 < fit_temperature(outputs, true, 6) < 1.2  # at most 6.5 of 7 are right
+            assert fit_temperature(outputs, true) < fit_temperature(outputs, true, 6) / 2
+
     def test_a_group_is_in_one_half(self):
         groups = np.repeat(np.arange(7), 30)
         half = halves(groups)

@@ -34,14 +34,30 @@ def log_loss(outputs: np.ndarray, target: np.ndarray, temperature: float = 1.0) 
     return float(-log_expit(signed)[known].mean())
 
 
-def fit_temperature(outputs: np.ndarray, target: np.ndarray) -> float:
+def fit_temperature(outputs: np.ndarray, target: np.ndarray, units: int | None = None) -> float:
     """The number that logits must be divided by for the smallest :func:`log_loss` (Guo et al., ICML 2017).
 
-    It changes no cell's best class. Between exp(-3) and exp(3); 1 where there is no cell.
+    It changes no cell's best class. Between exp(-3) and exp(3); 1 where there is no cell. The loss is that of
+    the cells and of one unit more, for which every class is as likely as any other: where all are right the
+    model would else be as sure as can be (after Platt, 1999).
+
+    Args:
+      outputs, target: as of :func:`log_loss`.
+      units: how many there are that do not hang together: cells, the default, or genes that many cells have.
     """
     if not len(target):
         return 1.0
-    found = minimize_scalar(lambda t: log_loss(outputs, target, math.exp(t)), bounds=RANGE, method="bounded")
+    n = len(target) if units is None else units
+
+    def loss(t: float) -> float:
+        y = np.asarray(outputs, np.float64) / math.exp(t)
+        if target.ndim == 1:
+            any_class = -log_softmax(y, axis=1).mean()
+        else:
+            any_class = -(log_expit(y) + log_expit(-y))[np.isfinite(target)].mean() / 2
+        return (n * log_loss(outputs, target, math.exp(t)) + any_class) / (n + 1)
+
+    found = minimize_scalar(loss, bounds=RANGE, method="bounded")
     return float(math.exp(found.x))
 
 
@@ -136,6 +152,7 @@ def judge(
     target: np.ndarray,
     max_error: float | None = None,
     tunes: np.ndarray | None = None,
+    units: int | None = None,
 ) -> tuple[float, dict[str, Any]]:
     """``(temperature, report)`` of a task on held-out cells.
 
@@ -146,6 +163,7 @@ def judge(
       max_error: of the rule that leaves cells unassigned; None for no rule.
       tunes: bool [n], the cells that set the temperature; the others judge it, and set the rule. None: all do
         both, and what is told of the temperature is too good.
+      units: of :func:`fit_temperature`.
 
     Returns:
       The report: ``cells`` and, of classes, ``accuracy``, ``macro_f1`` over the classes that occur, and of
@@ -164,7 +182,7 @@ def judge(
         outputs, target, sets, judges = outputs[known], target[known], sets[known], judges[known]
         if not len(target):
             return 1.0, {"cells": 0}
-        temperature = fit_temperature(outputs[sets], target[sets])
+        temperature = fit_temperature(outputs[sets], target[sets], units)
         guess, report = outputs.argmax(1), report | {"cells": len(target)}
         report["accuracy"] = float((guess == target).mean())
         report["macro_f1"] = float(f1_score(target, guess, labels=np.unique(target), average="macro"))
@@ -190,7 +208,7 @@ def judge(
     columns = [c for c in range(outputs.shape[1]) if known[:, c].sum() > 1]
     if kind == "multilabel":
         sets, judges = sets & known.any(-1), judges & known.any(-1)
-        temperature = fit_temperature(outputs[sets], target[sets])
+        temperature = fit_temperature(outputs[sets], target[sets], units)
         report["judged"] = int(judges.sum())
         if judges.any():
             report |= {f"log_loss_{name}": log_loss(outputs[judges], target[judges], t)

@@ -424,7 +424,8 @@ def calibrate(
         keys = of["row"] if groups is None else groups[of["row"]]
         keys = of.get("gene", keys)
         tunes = halves(keys if len(np.unique(keys)) > 1 else of["row"])
-        temperature, report[name] = judge(task.kind, of["output"], of["target"], rule, tunes)
+        units = len(np.unique(of["gene"][tunes])) if "gene" in of else None
+        temperature, report[name] = judge(task.kind, of["output"], of["target"], rule, tunes, units)
         if task.kind != "regression":
             temperatures[f"heads/{name}/temperature"] = temperature
     return temperatures, report
