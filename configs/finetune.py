@@ -16,9 +16,9 @@ Where the settings come from: LoRA on all products of all layers with alpha twic
 learning rates of the sizes that scGPT and Geneformer publish for fine-tuning everything (1e-4, 5e-5), ten
 times that for adapters and heads.
 
-``:smoke`` is a minute on two CPU cores: adapters on the quickstart's model (``make quickstart`` makes it, and
-the corpus), 300 steps. On its validation cells accuracy comes to about 0.8 over 11 types, where the commonest
-type would give 0.3.
+``:smoke`` is a minute or two on two CPU cores: adapters on the quickstart's model (``make quickstart`` makes
+it, and the corpus), 300 steps. On its validation cells accuracy comes to 0.88 over 11 types, where the
+commonest type would give 0.3.
 """
 
 from ml_collections import ConfigDict
